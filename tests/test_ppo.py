@@ -1,0 +1,321 @@
+"""Every function of utils/ppo.py against numbers worked by hand, and a definition."""
+
+import math
+
+import pytest
+import torch
+
+from utils import ppo
+
+EXACT = {"atol": 1e-12, "rtol": 0}
+
+
+def t(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def random_case(seed, batch=5, length=7):
+    """Float64 tensors, and a mask of responses of 1 to `length` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return torch.randn(batch, length, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    lengths[0], lengths[1] = 1, length  # one ends at once, one never does
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return draw, mask
+
+
+def tokens(mask):
+    """The places (b, t) of the real tokens."""
+    return [tuple(place) for place in mask.nonzero().tolist()]
+
+
+def poison(x, mask, value):
+    return x.masked_fill(mask == 0, value)
+
+
+def test_token_logprobs_by_hand():
+    logits = t([0.0, math.log(3.0)], [math.log(4.0), 0.0])
+    got = ppo.token_logprobs(logits, torch.tensor([1, 1]))
+    torch.testing.assert_close(got, t(math.log(0.75), math.log(0.2)), **EXACT)
+
+
+def test_token_logprobs_temperature_divides_the_logits():
+    logits = t([0.0, math.log(9.0)])
+    got = ppo.token_logprobs(logits, torch.tensor([1]), temperature=2.0)
+    torch.testing.assert_close(got, t(math.log(0.75)), **EXACT)
+
+
+def test_token_logprobs_is_accurate_at_gpt2s_logits():
+    """GPT-2's logits lie near -100; the answer must not depend on that offset."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 6, 50, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(50, (4, 6), generator=generator)
+    exact = logits.softmax(-1).gather(-1, labels[..., None])[..., 0].log()
+    near_100 = (logits - 100).float()
+    assert ppo.token_logprobs(near_100, labels).dtype == torch.float32
+    torch.testing.assert_close(
+        ppo.token_logprobs(near_100, labels).double(), exact, atol=3e-5, rtol=0
+    )
+
+
+def test_masked_statistics_by_hand():
+    x, mask = t([1.0, 2.0, 99.0], [6.0, 99.0, 99.0]), t([1, 1, 0], [1, 0, 0])
+    assert ppo.masked_mean(x, mask).item() == 3.0
+    assert ppo.masked_var(x, mask).item() == pytest.approx(14 / 3, abs=1e-12)
+    white = ppo.masked_whiten(x, mask)
+    sd = math.sqrt(14 / 3)
+    expected = t([-2 / sd, -1 / sd, 0.0], [3 / sd, 0.0, 0.0])
+    torch.testing.assert_close(white, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_of_any_type_agree(dtype):
+    draw, mask = random_case(0)
+    x = draw()
+    assert torch.equal(
+        ppo.masked_whiten(x, mask.to(dtype)), ppo.masked_whiten(x, mask.double())
+    )
+
+
+def test_kl_estimates_by_hand():
+    logprobs, ref = t([math.log(0.5)]), t([math.log(0.25)])
+    ratio = math.log(2)
+    for kind, expected in (
+        ("k1", ratio),
+        ("k2", ratio**2 / 2),
+        ("k3", 0.5 - 1 + ratio),
+    ):
+        got = ppo.kl_estimate(logprobs, ref, kind).item()
+        assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_kl_estimates_mean_is_the_exact_kl():
+    p, q = t(0.7, 0.2, 0.1), t(0.3, 0.3, 0.4)
+    exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    for kind in ("k1", "k3"):
+        mean = (p * ppo.kl_estimate(p.log(), q.log(), kind)).sum().item()
+        assert mean == pytest.approx(exact, abs=1e-12)
+    assert (ppo.kl_estimate(p.log(), q.log(), "k3") >= 0).all()
+
+
+def test_token_rewards_by_hand():
+    logprobs, ref = t([-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]), t([-2.0, -1.0, 0.0], [-0.5, 0, 0])
+    mask = t([1, 1, 0], [1, 0, 0])
+    got = ppo.token_rewards(t(3.0, -1.0)[:], logprobs, ref, mask, kl_coef=0.1)
+    torch.testing.assert_close(got, t([-0.1, 3.1, 0.0], [-1.0, 0.0, 0.0]), **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_token_rewards_sum_to_score_minus_kl(seed):
+    draw, mask = random_case(seed)
+    logprobs, ref, scores = draw(), draw(), draw()[:, 0]
+    got = ppo.token_rewards(scores, logprobs, ref, mask, 0.3)
+    for b in range(len(mask)):
+        length = int(mask[b].sum())
+        for i in range(mask.shape[1]):
+            expected = -0.3 * (logprobs[b, i] - ref[b, i]).item() if i < length else 0.0
+            expected += scores[b].item() if i == length - 1 else 0.0
+            assert got[b, i].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gae_by_hand():
+    rewards, values = t([0.0, 1.0, 5.0]), t([0.5, 0.25, 9.0])
+    # the third slot is padding: delta_1 = 1 - 0.25, delta_0 = 0.25 - 0.5
+    advantages, returns = ppo.compute_gae(rewards, values, t([1, 1, 0]), 1.0, 0.5)
+    torch.testing.assert_close(advantages, t([-0.25 + 0.5 * 0.75, 0.75, 0]), **EXACT)
+    torch.testing.assert_close(returns, t([0.625, 1.0, 0.0]), **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.97, 0.0), (1, 1)])
+def test_gae_is_the_double_sum(seed, gamma, lam):
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, summed term by term (GAE, equation 16)."""
+    draw, mask = random_case(seed)
+    rewards, values = draw(), draw()
+    advantages, returns = ppo.compute_gae(rewards, values, mask, gamma, lam)
+    for b in range(len(mask)):
+        n = int(mask[b].sum())
+        V = [*values[b, :n].tolist(), 0.0]
+        for i in range(mask.shape[1]):
+            expected = sum(
+                (gamma * lam) ** k
+                * (rewards[b, i + k].item() + gamma * V[i + k + 1] - V[i + k])
+                for k in range(n - i)
+            )
+            assert advantages[b, i].item() == pytest.approx(expected, abs=1e-12)
+            value = V[i] if i < n else 0.0
+            assert returns[b, i].item() == pytest.approx(expected + value, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_policy_loss_token_by_token(seed):
+    draw, mask = random_case(seed)
+    new, old, advantages = draw() * 0.3, draw() * 0.3, draw()
+    loss, stats = ppo.policy_loss(new, old, advantages, mask, clip_range=0.2)
+    losses, clipped, ratios, k3 = [], [], [], []
+    for place in tokens(mask):
+        ratio, a = math.exp(new[place] - old[place]), advantages[place].item()
+        limited = min(max(ratio, 0.8), 1.2)
+        losses.append(-min(a * ratio, a * limited))
+        clipped.append(a * limited < a * ratio)
+        ratios.append(ratio)
+        k3.append(ratio - 1 - math.log(ratio))
+    n = len(losses)
+    assert loss.item() == pytest.approx(sum(losses) / n, abs=1e-12)
+    assert stats["clip_fraction"].item() == pytest.approx(sum(clipped) / n, abs=1e-12)
+    assert 0 < sum(clipped) < n
+    assert stats["ratio_mean"].item() == pytest.approx(sum(ratios) / n, abs=1e-12)
+    assert stats["ratio_max"].item() == pytest.approx(max(ratios), abs=1e-12)
+    assert stats["approx_kl"].item() == pytest.approx(sum(k3) / n, abs=1e-12)
+
+
+def test_policy_loss_gradient_at_ratio_one_and_where_clipped():
+    """-A grad log pi at ratio 1; none once a token has moved far enough, either way."""
+    A = t([2.0, -3.0, 1.0, -1.0, 1.0, -1.0])
+    ratio = t([1.0, 1.0, 1.5, 0.5, 0.5, 1.5])
+    logprobs = ratio.log().requires_grad_()
+    loss, _ = ppo.policy_loss(logprobs, torch.zeros(1, 6).double(), A, t([1] * 6), 0.2)
+    loss.backward()
+    expected = t([-2.0, 3.0, 0.0, 0.0, -0.5, 1.5]) / 6
+    torch.testing.assert_close(logprobs.grad, expected, **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_gradients_agree_with_finite_differences(seed):
+    draw, mask = random_case(seed)
+    x, old, target = draw().requires_grad_(), draw(), draw()
+    for function in (ppo.policy_loss, ppo.value_loss):
+        assert torch.autograd.gradcheck(
+            lambda x, f=function: f(x, old, target, mask, 0.2)[0], (x,)
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_value_loss_token_by_token(seed):
+    draw, mask = random_case(seed)
+    values, old, returns = draw() * 0.5, draw() * 0.5, draw()
+    loss, stats = ppo.value_loss(values, old, returns, mask, clip_range=0.2)
+    losses, clipped = [], []
+    for place in tokens(mask):
+        v, v_old, g = (x[place].item() for x in (values, old, returns))
+        near_old = min(max(v, v_old - 0.2), v_old + 0.2)
+        losses.append(0.5 * max((v - g) ** 2, (near_old - g) ** 2))
+        clipped.append((near_old - g) ** 2 > (v - g) ** 2)
+    n = len(losses)
+    assert loss.item() == pytest.approx(sum(losses) / n, abs=1e-12)
+    fraction = stats["value_clip_fraction"].item()
+    assert fraction == pytest.approx(sum(clipped) / n, abs=1e-12)
+    assert 0 < fraction < 1
+
+
+def test_entropy_by_hand():
+    logits = torch.zeros(1, 3, 4, dtype=torch.float64)
+    logits[0, 1] = torch.tensor([0.0, float("-inf"), float("-inf"), 0.0])
+    logits[0, 2] = float("nan")  # outside the mask
+    got = ppo.entropy(logits, t([1, 1, 0]))
+    assert got.item() == pytest.approx((math.log(4) + math.log(2)) / 2, abs=1e-12)
+
+
+def test_explained_variance_by_hand():
+    returns, mask = t([1.0, 2.0, 3.0, 99.0]), t([1, 1, 1, 0])
+    assert ppo.explained_variance(returns, returns, mask).item() == 1.0
+    assert ppo.explained_variance(t([5.0] * 4), returns, mask).item() == 0.0
+    # residuals 1, 0, 1: variance 2/9 of 2/3
+    got = ppo.explained_variance(t([0.0, 2.0, 2.0, 0.0]), returns, mask).item()
+    assert got == pytest.approx(1 - (2 / 9) / (2 / 3), abs=1e-12)
+
+
+def test_explained_variance_of_constant_returns_is_zero():
+    returns = torch.full((3, 7), 0.1)
+    assert ppo.explained_variance(torch.randn(3, 7), returns, torch.ones(3, 7)) == 0
+
+
+def test_adaptive_kl_by_hand():
+    control = ppo.AdaptiveKL(kl_coef=0.2, target=6.0, horizon=10_000)
+    assert control.update(kl=6.6, n_episodes=500) == pytest.approx(0.2 * (1 + 0.1 * 0.05))
+    before = control.kl_coef
+    assert control.update(60.0, 500) == pytest.approx(before * (1 + 0.2 * 0.05))
+    before = control.kl_coef
+    assert control.update(0.0, 500) == pytest.approx(before * (1 - 0.2 * 0.05))
+
+
+FUNCTIONS = {  # name: (function of token-shaped tensors and mask, how many tensors)
+    "masked_mean": (ppo.masked_mean, 1),
+    "masked_var": (ppo.masked_var, 1),
+    "masked_whiten": (ppo.masked_whiten, 1),
+    "token_rewards": (
+        lambda a, b, m: ppo.token_rewards(torch.ones(len(m)).double(), a, b, m, 0.1),
+        2,
+    ),
+    "compute_gae": (lambda a, b, m: torch.stack(ppo.compute_gae(a, b, m)), 2),
+    "policy_loss": (lambda a, b, c, m: ppo.policy_loss(a, b, c, m)[0], 3),
+    "value_loss": (lambda a, b, c, m: ppo.value_loss(a, b, c, m)[0], 3),
+    "explained_variance": (ppo.explained_variance, 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_nothing_outside_the_mask_matters(name, value):
+    function, count = FUNCTIONS[name]
+    draw, mask = random_case(3)
+    clean = [draw() for _ in range(count)]
+    dirty = [poison(x, mask, value).requires_grad_() for x in clean]
+    clean = [x.requires_grad_() for x in clean]
+    expected, got = function(*clean, mask), function(*dirty, mask)
+    assert torch.equal(expected, got)
+    if got.requires_grad:
+        expected.sum().backward()
+        got.sum().backward()
+        for a, b in zip(clean, dirty, strict=True):
+            if a.grad is not None:
+                assert torch.equal(a.grad, b.grad)
+                assert b.grad[mask == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_padding_on_either_side_changes_nothing(name):
+    function, count = FUNCTIONS[name]
+    draw, mask = random_case(4)
+    tensors = [draw() for _ in range(count)]
+    expected = function(*tensors, mask)
+    widen = torch.nn.ConstantPad1d((2, 3), 0)
+    noisy = torch.nn.ConstantPad1d((2, 3), 7.0)
+    got = function(*(noisy(x) for x in tensors), widen(mask))
+    if got.dim():
+        assert got[..., :2].eq(0).all() and got[..., -3:].eq(0).all()
+        got = got[..., 2:-3]
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shapes_that_disagree_are_named(name):
+    function, count = FUNCTIONS[name]
+    tensors = [torch.zeros(2, 3).double() for _ in range(count)]
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        function(*tensors, torch.ones(2, 4))
+
+
+def test_other_bad_arguments_are_named():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"'k4'.*\(2, 3\)"):
+        ppo.kl_estimate(x, x, kind="k4")
+    with pytest.raises(ValueError, match=r"scores \(3,\).*\(2,\)"):
+        ppo.token_rewards(torch.zeros(3), x, x, x, 0.1)
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+        ppo.token_logprobs(torch.zeros(2, 5), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="temperature.*0"):
+        ppo.token_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), 0)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        ppo.entropy(torch.zeros(2, 3, 5), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="target.*-1"):
+        ppo.AdaptiveKL(0.1, -1, 100)
+
+
+def test_masked_functions_need_one_pass_over_a_response_that_ends_at_once():
+    rewards, values = t([2.0, 0.0]), t([0.5, 0.0])
+    advantages, returns = ppo.compute_gae(rewards, values, t([1, 0]))
+    assert advantages.tolist() == [[1.5, 0.0]] and returns.tolist() == [[2.0, 0.0]]

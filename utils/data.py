@@ -1,0 +1,127 @@
+"""From a data set of labelled sentences to batches of token ids and prompts."""
+
+import random
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model on the hub or in a local folder.
+
+    GPT-2 has no padding token and none is set: `pad` fills with any id and says in a
+    mask what is real, so that the closing EOS is never mistaken for padding.
+    """
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_reviews(name: str) -> datasets.DatasetDict:
+    """The splits of a data set with the columns `sentence` and `label` (0 or 1).
+
+    `name` is a name on the hub or a local folder. Raises ValueError if a split
+    (train, validation) or a column is missing.
+    """
+    reviews = datasets.load_dataset(name)
+    for split in ("train", "validation"):
+        if split not in reviews:
+            raise ValueError(
+                f"data set {name!r} has no split {split!r}, only {list(reviews)}; "
+                "name one that has both train and validation"
+            )
+        for column in ("sentence", "label"):
+            if column not in reviews[split].column_names:
+                raise ValueError(
+                    f"data set {name!r} has no column {column!r}, only "
+                    f"{reviews[split].column_names}; rename its columns"
+                )
+    return reviews
+
+
+def clean(sentence: str) -> str:
+    """The sentence without the spaces around it.
+
+    SST-2's training sentences end in a space; a model that sees it there learns the
+    space, not EOS, as its sign to stop.
+    """
+    return sentence.strip()
+
+
+def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]]:
+    """Token ids of each cleaned sentence, ending in EOS, at most max_tokens long."""
+    rows = tokenizer([clean(sentence) for sentence in sentences])["input_ids"]
+    return [row[: max_tokens - 1] + [tokenizer.eos_token_id] for row in rows]
+
+
+def pad(
+    rows: list[list[int]], pad_id: int, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor (B, L), and the mask (B, L): 1 on real tokens.
+
+    Raises ValueError if the side is not left or right.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be left or right, got {side!r}")
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        real = slice(0, len(row)) if side == "right" else slice(width - len(row), None)
+        input_ids[i, real] = torch.tensor(row)
+        attention_mask[i, real] = 1
+    return input_ids, attention_mask
+
+
+def lm_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What a language model should predict: the ids, and -100 (ignored) on padding.
+
+    The mask comes from the lengths. One built from `input_ids == eos` would drop the
+    label of the closing EOS, and the model would never learn to stop.
+    """
+    return input_ids.masked_fill(attention_mask == 0, -100)
+
+
+def batch_indices(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
+    """Shuffled batches of indices, in which rows of like length stand together.
+
+    The rows are shuffled, sorted by length within blocks of 50 batches, cut into
+    batches, and the batches shuffled: little padding, and still a random order. The
+    last batch may be smaller.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    block = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), block):
+        rows = sorted(order[start : start + block], key=lengths.__getitem__)
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def make_prompts(
+    sentences: list[str], tokenizer, settings, seed: int, exclude=frozenset()
+) -> list[list[int]]:
+    """The first few tokens of each long enough sentence, shuffled.
+
+    A sentence counts if it has at least `prompt_min_words` words and does not stand
+    in `exclude`; each gives one prompt of `prompt_min_tokens` to `prompt_max_tokens`
+    tokens. Raises ValueError if none is left.
+    """
+    rng = random.Random(seed)
+    unique = dict.fromkeys(clean(sentence) for sentence in sentences)
+    long = [
+        s
+        for s in unique
+        if len(s.split()) >= settings.prompt_min_words and s not in exclude
+    ]
+    if not long:
+        raise ValueError(
+            f"none of the {len(sentences)} sentences has {settings.prompt_min_words} "
+            "words; lower prompt_min_words"
+        )
+    rng.shuffle(long)
+    lengths = (settings.prompt_min_tokens, settings.prompt_max_tokens)
+    return [row[: rng.randint(*lengths)] for row in tokenizer(long)["input_ids"]]

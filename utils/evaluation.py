@@ -1,0 +1,147 @@
+"""Paired figures before and after: the same prompts, the same seed, two models."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from utils.data import pad, tokenize
+from utils.rollout import (
+    has_ended,
+    response_hidden_states,
+    response_logprobs,
+    sample_responses,
+)
+from utils.settings import autocast
+
+# The figures of notebook 3 by name: what each is, and how it is printed.
+FIGURES = {
+    "reward": ("mean reward, 2 sigmoid(raw logit) - 1", ".2f"),
+    "judged_positive": ("positive, says the independent judge", ".1%"),
+    "exactly_positive": ("grammatical and positive, exactly", ".1%"),
+    "exactly_grammatical": ("grammatical, exactly", ".1%"),
+    "kl": ("KL to the reference [nats per response]", ".2f"),
+    "perplexity": ("perplexity under the SFT model", ".1f"),
+    "distinct_1": ("distinct-1, share of different tokens", ".3f"),
+    "distinct_2": ("distinct-2, share of different pairs", ".3f"),
+    "eos_rate": ("responses that end in EOS", ".1%"),
+    "length": ("mean length of a response [tokens]", ".1f"),
+}
+
+
+def train_judge(sentences, labels, tokenizer, seed: int, epochs: int = 3):
+    """A sentiment classifier that shares nothing with the reward model.
+
+    The mean of an embedding per token, and a linear layer. Returns a function from a
+    list of texts to a list of bools, True for positive.
+    """
+    torch.manual_seed(seed)
+    bag, linear = nn.EmbeddingBag(len(tokenizer), 32), nn.Linear(32, 1)
+    optimizer = torch.optim.Adam([*bag.parameters(), *linear.parameters()], lr=5e-3)
+    targets = torch.tensor(labels, dtype=torch.float32)
+
+    def logits(rows):
+        starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
+        tokens = torch.tensor([token for row in rows for token in row])
+        return linear(bag(tokens, starts)).squeeze(-1)
+
+    def encode(texts):
+        return tokenize(texts, tokenizer, max_tokens=1000)
+
+    rows = encode(sentences)
+    for _ in tqdm(range(epochs), desc="Train the judge"):
+        for index in torch.randperm(len(rows)).split(256):
+            optimizer.zero_grad()
+            guess = logits([rows[i] for i in index])
+            F.binary_cross_entropy_with_logits(guess, targets[index]).backward()
+            optimizer.step()
+
+    def judge(texts):
+        with torch.no_grad():
+            return (logits(encode(texts)) > 0).tolist()
+
+    return judge
+
+
+def distinct_n(rows: list[list[int]], n: int) -> float:
+    """Different n-grams as a share of all (Li et al. 2016, arXiv 1510.03055)."""
+    ngrams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(ngrams)) / max(len(ngrams), 1)
+
+
+@torch.no_grad()
+def evaluate_policy(
+    lm, reference, reward_model, tokenizer, prompts, settings, device, judges: dict
+) -> tuple[dict, list[dict]]:
+    """One response to each prompt, measured.
+
+    `judges` maps the name of a figure to a function from texts to bools. Returns the
+    figures named in FIGURES, and for each prompt a row with `prompt`, `response`,
+    `reward` (2 sigmoid(raw logit) - 1), `kl` (summed k1, nats) and `text`.
+    """
+    eos = tokenizer.eos_token_id
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    rows, responses, ended, ref_logprob = [], [], [], 0.0
+    size = settings.ppo_minibatch_size
+    for start in tqdm(range(0, len(prompts), size), desc="Evaluate"):
+        prompt_ids, prompt_mask = pad(prompts[start : start + size], eos, side="left")
+        with autocast(settings, device):
+            sampled = sample_responses(
+                lm,
+                prompt_ids.to(device),
+                prompt_mask.to(device),
+                eos,
+                settings.max_new_tokens,
+                settings.temperature,
+                generator,
+            )
+            rewards = 2 * torch.sigmoid(reward_model(*sampled[:2])) - 1
+            hidden, ref_hidden = (
+                response_hidden_states(model, *sampled) for model in (lm, reference)
+            )
+        ids, _, mask = sampled
+        logprobs = response_logprobs(lm, hidden, ids, mask, settings.temperature)
+        ref = response_logprobs(reference, ref_hidden, ids, mask, settings.temperature)
+        ref_logprob += ref.sum().item()
+        ended += has_ended(ids, mask, eos).tolist()
+        kls = (logprobs - ref).sum(dim=1).tolist()
+        tails = ids[:, -mask.shape[1] :]
+        for i, prompt in enumerate(prompts[start : start + size]):
+            response = tails[i][mask[i].bool()].tolist()
+            responses.append(response)
+            rows.append(
+                {
+                    "prompt": tokenizer.decode(prompt),
+                    "response": tokenizer.decode(response, skip_special_tokens=True),
+                    "text": tokenizer.decode(
+                        prompt + response, skip_special_tokens=True
+                    ),
+                    "reward": rewards[i].item(),
+                    "kl": kls[i],
+                }
+            )
+    n_tokens = sum(map(len, responses))
+    texts = [row["text"] for row in rows]
+    figures = {
+        "reward": sum(row["reward"] for row in rows) / len(rows),
+        **{name: sum(judge(texts)) / len(texts) for name, judge in judges.items()},
+        "kl": sum(row["kl"] for row in rows) / len(rows),
+        "perplexity": math.exp(-ref_logprob / n_tokens),
+        "distinct_1": distinct_n(responses, 1),
+        "distinct_2": distinct_n(responses, 2),
+        "eos_rate": sum(ended) / len(ended),
+        "length": n_tokens / len(rows),
+    }
+    return figures, rows
+
+
+def figures_table(before: dict, after: dict, figures: dict = FIGURES) -> str:
+    """The figures that were measured as lines of text: name, before, after."""
+    lines = [f"{'':42}{'before':>10}{'after':>10}"]
+    for name, (description, spec) in figures.items():
+        if name in after:
+            old = format(before[name], spec) if name in before else ""
+            lines.append(f"{description:42}{old:>10}{format(after[name], spec):>10}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The machinery behind the series, which a learner need not read."""

@@ -1,0 +1,30 @@
+"""Notebooks as a source of code: show a function in one, take functions out of one."""
+
+import inspect
+from pathlib import Path
+
+import nbformat
+from IPython.display import Markdown
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ("1-SFT.ipynb", "2-RM Training.ipynb", "3-RLHF.ipynb")
+
+
+def show_source(thing) -> Markdown:
+    """The source of a function or class, for display in a notebook."""
+    return Markdown(f"```python\n{inspect.getsource(thing)}```")
+
+
+def import_cells(notebook: str, *cell_ids: str, namespace: dict | None = None) -> dict:
+    """Run the cells with these ids, and return the names they define.
+
+    Raises KeyError, listing the cells there are, if one is missing.
+    """
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
+    sources = {cell.id: cell.source for cell in cells if cell.cell_type == "code"}
+    namespace = {} if namespace is None else namespace
+    for cell_id in cell_ids:
+        if cell_id not in sources:
+            raise KeyError(f"{notebook} has no code cell {cell_id!r}: {list(sources)}")
+        exec(compile(sources[cell_id], f"{notebook}#{cell_id}", "exec"), namespace)
+    return namespace

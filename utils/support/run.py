@@ -1,0 +1,163 @@
+"""Execute the notebooks in order, and print what they measured."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
+
+from utils.settings import PRESETS, load_settings, parse_field
+from utils.support.notebook import NOTEBOOKS, ROOT
+
+# Each artefact, in the order of the notebooks.
+ARTEFACTS = ("sft", "reward_model", "policy")
+# The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
+EARLIER_FIGURES = {
+    "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
+    "validation_perplexity": ("SFT: validation perplexity", ".1f"),
+    "accuracy": ("reward model: validation accuracy", ".1%"),
+}
+
+
+class Client(NotebookClient):
+    """Executes a notebook, and shows on one line where it is and what it prints."""
+
+    bar: tqdm
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        """Move the bar to the cell, and execute it."""
+        self.bar.update(cell_index - self.bar.n)
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+    def process_message(self, msg, cell, cell_index):
+        """Show the last line that the cell printed, its progress bar for example."""
+        if msg["msg_type"] == "stream":
+            lines = msg["content"]["text"].replace("\r", "\n").split("\n")
+            said = [line.strip() for line in lines if line.strip()]
+            self.bar.set_postfix_str(said[-1][:60] if said else "")
+        return super().process_message(msg, cell, cell_index)
+
+
+def _tidy(notebook):
+    """Take out what only a live page can show: GitHub refuses widgets without state."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        cell["outputs"] = [
+            output
+            for output in cell.get("outputs", [])
+            if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        ]
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    notebook.metadata.pop("widgets", None)
+
+
+def execute(name: str, folder: Path, env: dict):
+    """Run one notebook in a fresh kernel, and write the executed copy to the folder.
+
+    The copy is written also when a cell fails; nbclient's CellExecutionError then
+    goes on to the caller.
+    """
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    client = Client(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(ROOT)}},
+    )
+    # The kernel of this very Python, not one that the user has registered elsewhere.
+    manager = client.create_kernel_manager()
+    manager.kernel_spec_manager = KernelSpecManager(
+        kernel_dirs=[str(Path(sys.prefix) / "share" / "jupyter" / "kernels")]
+    )
+    with tqdm(total=len(notebook.cells), desc=name, unit="cell") as client.bar:
+        try:
+            client.execute(env=env)
+            client.bar.update(client.bar.total - client.bar.n)
+        finally:
+            _tidy(notebook)
+            nbformat.write(notebook, folder / name)
+
+
+def report(folder: Path) -> tuple[dict, str]:
+    """What the notebooks measured, as a dict by artefact and as a table."""
+    from utils.evaluation import FIGURES, figures_table
+
+    found = {
+        name: json.loads((folder / name / "metrics.json").read_text())
+        for name in ARTEFACTS
+        if (folder / name / "metrics.json").exists()
+    }
+    before, after = {}, {}
+    for metrics in found.values():
+        before.update(metrics.get("before", {}))
+        after.update(metrics["after"])
+    return found, figures_table(before, after, {**EARLIER_FIGURES, **FIGURES})
+
+
+def parse(argv):
+    """The command line, checked before anything starts."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils", description="Run the series: SFT, reward model, PPO."
+    )
+    parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
+    parser.add_argument("--only", default="1,2,3", help="notebooks, for example 1,2")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
+    )
+    parser.add_argument(
+        "--save-outputs",
+        action="store_true",
+        help="also write the outputs into the notebooks themselves",
+    )
+    options = parser.parse_args(argv)
+    numbers = options.only.split(",")
+    if not set(numbers) <= {"1", "2", "3"}:
+        parser.error(
+            f"--only takes 1, 2 and 3 with commas between, got {options.only!r}"
+        )
+    options.notebooks = [NOTEBOOKS[int(n) - 1] for n in sorted(set(numbers))]
+    options.env = dict(os.environ, RLHF_PRESET=options.preset)
+    try:
+        for change in options.changes:
+            field, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
+            parse_field(field, value)
+            options.env[f"RLHF_{field.upper()}"] = value
+        options.settings = load_settings(options.preset, options.env)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv=None) -> int:
+    """Run what the command line asks for; 1 if a cell failed."""
+    options = parse(argv)
+    folder = ROOT / options.settings.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in options.notebooks:
+        try:
+            execute(name, folder, options.env)
+        except CellExecutionError as error:
+            print(
+                f"\n{name} failed. The cell and its error:\n\n{error}", file=sys.stderr
+            )
+            return 1
+        if options.save_outputs:
+            nbformat.write(nbformat.read(folder / name, as_version=4), ROOT / name)
+    metrics, table = report(folder)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(
+        f"\n{table}\n\nExecuted notebooks and metrics.json: {options.settings.folder}"
+    )
+    return 0

@@ -1,0 +1,354 @@
+"""A tiny world of film reviews, generated: a data set, a tokenizer, a small GPT-2.
+
+The reviews come from a probabilistic grammar, so the sentiment, the grammaticality
+and the probability of any text are exact. Negation ("never dull") and contrast
+("funny but far too long") turn the sentiment of the words around, so that counting
+words is not enough. The world is written as plain folders that load like any other
+model and data set.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import random
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from utils.models import hidden_states, vocabulary_logits
+
+# One rule a line: SYMBOL -> WEIGHT EXPANSION | WEIGHT EXPANSION ... Symbols are
+# capitalised, words are not. A rule for `Symbol*` stands for two, `Symbol+` (positive)
+# and `Symbol-`: in it, `Other=` has the same sentiment and `Other~` the opposite one.
+REVIEW_GRAMMAR = """
+Review* -> 8 Clause= . | 6 Phrase= | 7 Foil , but Clause= . | 4 although Foil , Clause= . | 3 Opening , Clause= . | 2 Clause= despite Hurdle .
+Foil -> 4 Clause+ | 4 Clause- | 2 the Film is about Topic
+Phrase* -> 6 a Adj= Film Tail | 3 not a Adj~ Film Tail | 2 Adj+ but Turn= | 2 Adj- but Turn= | 4 a Film that Deed= | 1 never Adj~ | 4 a Film full of Quality=
+Clause* -> 6 the Aspect Be Judged= | 4 the Film Deed= | 3 the Person Deliver Quality= | 2 the Film Be a Adj= Kind
+Judged* -> 6 Adj= | 4 Intensifier Adj= | 2 Adj= and Adj= | 4 Negation Adj~
+Deed* -> 4 Verb= Audience | 2 never Verb~ Audience | 4 Have Quality= | 3 Lack Quality~
+Have -> 1 offers | 1 brings | 1 has
+Turn+ -> 2 Intensifier Adj+ | 1 never Adj-
+Turn- -> 2 Intensifier Adj- | 1 never Adj+ | 2 far too Excess
+Lack -> 1 lacks | 1 avoids | 1 has no
+Deliver -> 1 delivers | 1 shows | 1 gives us
+Negation -> 4 not | 3 never | 1 hardly | 1 anything but
+Intensifier -> 1 very | 1 really | 1 truly | 1 deeply | 1 quite | 1 simply | 1 utterly
+Hurdle -> 1 the budget | 1 its length | 1 the genre | 1 everything
+Tail -> 3 | 2 about Topic | 1 from a Trade Person
+Opening -> 1 in the end | 1 this time | 1 from start to finish | 1 scene by scene | 1 once again
+Kind -> 1 comedy | 1 thriller | 1 drama | 1 western | 1 romance | 1 mystery
+Trade -> 1 young | 1 local | 1 veteran | 1 first-time | 1 french
+Be -> 4 is | 1 feels | 1 remains
+Film -> 4 film | 3 movie | 1 picture | 1 story | 1 sequel | 1 remake
+Aspect -> 1 plot | 1 acting | 1 script | 1 pace | 1 dialogue | 1 music | 1 camera work | 1 ending | 1 cast | 1 humor | 1 editing | 1 premise
+Person -> 1 director | 1 writer | 1 actress | 1 actor | 1 star | 1 composer
+Audience -> 1 the viewer | 1 the audience | 1 its fans | 1 the critics | 1 children | 1 everyone
+Topic -> 1 love | 1 family | 1 war | 1 friendship | 1 crime | 1 growing up | 1 old age | 1 music
+Adj+ -> 1 funny | 1 touching | 1 brilliant | 1 superb | 1 charming | 1 witty | 1 delightful | 1 beautiful | 1 gripping | 1 moving | 1 clever | 1 tender | 1 fresh | 1 powerful | 1 wonderful | 1 thrilling | 1 heartfelt | 1 smart | 1 lively | 1 rewarding
+Adj- -> 1 dull | 1 boring | 1 tedious | 1 bland | 1 clumsy | 1 predictable | 1 lifeless | 1 stupid | 1 shallow | 1 messy | 1 painful | 1 stale | 1 weak | 1 tiresome | 1 pointless | 1 terrible | 1 pretentious | 1 lazy | 1 dreary | 1 forgettable
+Excess -> 1 long | 1 slow | 1 loud | 1 silly | 1 safe
+Verb+ -> 1 delights | 1 charms | 1 moves | 1 thrills | 1 rewards | 1 wins over
+Verb- -> 1 bores | 1 annoys | 1 insults | 1 confuses | 1 tires | 1 lets down
+Quality+ -> 1 wit | 1 charm | 1 warmth | 1 style | 1 real laughs | 1 heart | 1 suspense | 1 grace
+Quality- -> 1 cliches | 1 bad jokes | 1 noise | 1 plot holes | 1 bad taste | 1 self-pity | 1 empty talk | 1 cheap tricks
+"""
+
+# What the small GPT-2 is "pre-trained" on besides: plain sentences with no opinion.
+CHATTER_GRAMMAR = """
+Chatter -> 3 the Someone Went to the Place Moment . | 2 Number Someone s Live near the Place . | 2 the Film Opens Moment in the Place . | 1 a Someone asks about the Film .
+Someone -> 1 director | 1 writer | 1 actor | 1 teacher | 1 doctor | 1 farmer | 1 sailor | 1 soldier | 1 singer
+Went -> 1 goes | 1 travels | 1 returns | 1 walks
+Place -> 1 city | 1 harbour | 1 village | 1 cinema | 1 market | 1 station | 1 school | 1 island
+Moment -> 1 in the morning | 1 at night | 1 in winter | 1 once again | 1 this time
+Number -> 1 two | 1 three | 1 four
+Live -> 1 live | 1 work | 1 meet
+Opens -> 1 opens | 1 plays | 1 is shown
+Film -> 1 film | 1 movie | 1 story | 1 comedy | 1 drama
+"""
+
+
+class Grammar:
+    """A probabilistic context-free grammar without recursion, read from its text."""
+
+    def __init__(self, text: str):
+        self.rules = {}  # symbol -> [(probability, expansion)]
+        for line in text.strip().splitlines():
+            symbol, _, right = line.partition(" -> ")
+            for sign in "+-" if symbol.endswith("*") else [""]:
+                options = [self._option(option, sign) for option in right.split("|")]
+                total = sum(weight for weight, _ in options)
+                self.rules[symbol.rstrip("*") + sign] = [
+                    (weight / total, expansion) for weight, expansion in options
+                ]
+
+    @staticmethod
+    def _option(option: str, sign: str):
+        weight, *parts = option.split()
+        signs = {"=": sign, "~": {"+": "-", "-": "+"}.get(sign, "")}
+        return float(weight), tuple(
+            part[:-1] + signs[part[-1]] if part[-1] in signs else part for part in parts
+        )
+
+    def sample(self, symbol: str, rng: random.Random) -> list[str]:
+        """The words of one random expansion of the symbol."""
+        if symbol not in self.rules:
+            return [symbol]
+        weights = [p for p, _ in self.rules[symbol]]
+        _, expansion = rng.choices(self.rules[symbol], weights)[0]
+        return [word for part in expansion for word in self.sample(part, rng)]
+
+    def probability(self, symbol: str, words: tuple[str, ...]) -> float:
+        """The probability that the symbol expands to exactly these words."""
+
+        @functools.cache
+        def ends(symbol, start):  # {end: probability of words[start:end]}
+            if symbol not in self.rules:
+                fits = start < len(words) and words[start] == symbol
+                return {start + 1: 1.0} if fits else {}
+            found = defaultdict(float)
+            for p, expansion in self.rules[symbol]:
+                reached = {start: p}
+                for part in expansion:
+                    step = defaultdict(float)
+                    for middle, q in reached.items():
+                        for end, r in ends(part, middle).items():
+                            step[end] += q * r
+                    reached = step
+                for end, q in reached.items():
+                    found[end] += q
+            return dict(found)
+
+        return ends(symbol, 0).get(len(words), 0.0)
+
+    def entropy(self, symbol: str) -> float:
+        """Entropy of the symbol's expansions in nats (no text has two derivations)."""
+        return sum(
+            p * (-math.log(p) + sum(self.entropy(part) for part in expansion))
+            for p, expansion in self.rules.get(symbol, ())
+        )
+
+    @property
+    def words(self) -> set[str]:
+        """Every word the grammar can write."""
+        parts = {w for rule in self.rules.values() for _, e in rule for w in e}
+        return parts - set(self.rules)
+
+
+REVIEWS, CHATTER = Grammar(REVIEW_GRAMMAR), Grammar(CHATTER_GRAMMAR)
+# Nats per review: the loss of a perfect language model of the reviews.
+ENTROPY = math.log(2) + (REVIEWS.entropy("Review+") + REVIEWS.entropy("Review-")) / 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The exact truth about a text: probability 0 means that it is ungrammatical."""
+
+    probability: float
+    positive: bool
+
+    @property
+    def grammatical(self) -> bool:
+        """Whether the grammar can write the text."""
+        return self.probability > 0
+
+
+@functools.cache
+def judge(text: str) -> Verdict:
+    """Probability and sentiment of a text under the grammar of the reviews."""
+    words = tuple(text.split(" "))
+    positive = REVIEWS.probability("Review+", words) / 2
+    negative = REVIEWS.probability("Review-", words) / 2
+    return Verdict(positive + negative, positive > negative)
+
+
+# Where the tiny preset looks for it.
+WORLD = Path("runs/tiny/world")
+# What is built; a change here, in the grammars or in this file's code rebuilds it.
+ROWS = {"train": 24_000, "validation": 800, "test": 400}
+VOCABULARY = 1200  # tokens
+MODEL = {"n_layer": 3, "n_head": 4, "n_embd": 96, "n_positions": 128}
+PRETRAINING = {"steps": 800, "batch_size": 32, "length": 64, "lr": 2e-3, "seed": 1}
+
+
+def write_review(rng: random.Random) -> tuple[str, int]:
+    """One random review and its label."""
+    label = rng.randrange(2)
+    return " ".join(REVIEWS.sample(f"Review{'-+'[label]}", rng)), label
+
+
+def split_of(text: str) -> str:
+    """The split a text belongs to, by its hash, so that no text stands in two."""
+    share = hashlib.sha256(text.encode()).digest()[0] / 256
+    return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def make_dataset(seed: int = 0) -> datasets.DatasetDict:
+    """Reviews in the columns, and with the quirks, of SST-2 on the hub.
+
+    Train and validation sentences end in a space; the test labels are -1.
+    """
+    rng = random.Random(seed)
+    rows = {split: [] for split in ROWS}
+    while any(len(rows[split]) < n for split, n in ROWS.items()):
+        text, label = write_review(rng)
+        split = split_of(text)
+        if len(rows[split]) < ROWS[split]:
+            hidden = split == "test"
+            rows[split].append((text + " " * (not hidden), -1 if hidden else label))
+    features = datasets.Features(
+        idx=datasets.Value("int32"),
+        sentence=datasets.Value("string"),
+        label=datasets.ClassLabel(names=["negative", "positive"]),
+    )
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {
+                    "idx": list(range(len(pairs))),
+                    "sentence": [text for text, _ in pairs],
+                    "label": [label for _, label in pairs],
+                },
+                features=features,
+            )
+            for split, pairs in rows.items()
+        }
+    )
+
+
+def write_document(rng: random.Random) -> str:
+    """A few unlabelled sentences in a row, as a model meets them in pre-training."""
+
+    def sentence():
+        if rng.random() < 0.5:
+            return " ".join(CHATTER.sample("Chatter", rng))
+        return write_review(rng)[0]
+
+    return " ".join(sentence() for _ in range(rng.randint(3, 6)))
+
+
+def train_tokenizer(documents: list[str]) -> GPT2TokenizerFast:
+    """A byte-level BPE with GPT-2's one special token."""
+    eos = "<|endoftext|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[eos],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return GPT2TokenizerFast(
+        tokenizer_object=bpe, bos_token=eos, eos_token=eos, unk_token=eos
+    )
+
+
+def pretrain(tokenizer, show_progress: bool = True) -> GPT2LMHeadModel:
+    """A small GPT-2 trained to predict the next token of random documents."""
+    options = PRETRAINING
+    rng = random.Random(options["seed"])
+    torch.manual_seed(options["seed"])
+    eos = tokenizer.eos_token_id
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **MODEL
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options["lr"], options["steps"], pct_start=0.1
+    )
+    stream = []
+    shape = (options["batch_size"], options["length"])
+    steps = range(options["steps"])
+    for _ in tqdm(steps, desc="Pre-train the tiny GPT-2", disable=not show_progress):
+        while len(stream) < shape[0] * shape[1]:
+            documents = [write_document(rng) for _ in range(200)]
+            for ids in tokenizer(documents)["input_ids"]:
+                stream += [*ids, eos]
+        ids = torch.tensor(stream[: shape[0] * shape[1]]).view(shape)
+        del stream[: shape[0] * shape[1]]
+        hidden = hidden_states(model.base_model, ids, torch.ones_like(ids))
+        logits = vocabulary_logits(model, hidden[:, :-1])
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def definition() -> str:
+    """A fingerprint of everything that the world is built from."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def build_world(folder=WORLD, show_progress: bool = True) -> Path:
+    """Write `dataset` and `model` under the folder, unless they are there already.
+
+    The world is built beside the folder and then renamed, so that an interrupted
+    build leaves nothing that looks finished.
+    """
+    folder = Path(folder)
+    stamp = folder / "definition.txt"
+    if stamp.exists() and stamp.read_text() == definition():
+        return folder
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for split, rows in make_dataset().items():
+        file = unfinished / "dataset" / "data" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(file)
+    rng = random.Random(0)
+    tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
+    tokenizer.save_pretrained(unfinished / "model")
+    pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
+    (unfinished / "definition.txt").write_text(definition())
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return folder
+
+
+def is_used_by(settings) -> bool:
+    """Whether the settings name the tiny world's model or data set."""
+    return any(
+        WORLD in Path(name).parents
+        for name in (settings.model_name, settings.dataset_name)
+    )
+
+
+def prepare(settings):
+    """Build the tiny world if the settings use it (a minute or two, once)."""
+    if is_used_by(settings):
+        build_world()
+
+
+def exact_judges(settings) -> dict:
+    """Judges that know the truth, by the name of their figure; none for real data."""
+    if WORLD not in Path(settings.dataset_name).parents:
+        return {}
+    return {
+        "exactly_positive": lambda texts: [
+            judge(text).grammatical and judge(text).positive for text in texts
+        ],
+        "exactly_grammatical": lambda texts: [
+            judge(text).grammatical for text in texts
+        ],
+    }
