@@ -94,7 +94,9 @@ def test_kl_estimates_by_hand():
 
 def test_kl_estimates_mean_is_the_exact_kl():
     p, q = t(0.7, 0.2, 0.1), t(0.3, 0.3, 0.4)
-    exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    exact = sum(
+        a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True)
+    )
     for kind in ("k1", "k3"):
         mean = (p * ppo.kl_estimate(p.log(), q.log(), kind)).sum().item()
         assert mean == pytest.approx(exact, abs=1e-12)
@@ -102,7 +104,10 @@ def test_kl_estimates_mean_is_the_exact_kl():
 
 
 def test_token_rewards_by_hand():
-    logprobs, ref = t([-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]), t([-2.0, -1.0, 0.0], [-0.5, 0, 0])
+    logprobs, ref = (
+        t([-1.0, -2.0, -7.0], [-0.5, -7.0, -7.0]),
+        t([-2.0, -1.0, 0.0], [-0.5, 0, 0]),
+    )
     mask = t([1, 1, 0], [1, 0, 0])
     got = ppo.token_rewards(t(3.0, -1.0)[:], logprobs, ref, mask, kl_coef=0.1)
     torch.testing.assert_close(got, t([-0.1, 3.1, 0.0], [-1.0, 0.0, 0.0]), **EXACT)
@@ -235,7 +240,9 @@ def test_explained_variance_of_constant_returns_is_zero():
 
 def test_adaptive_kl_by_hand():
     control = ppo.AdaptiveKL(kl_coef=0.2, target=6.0, horizon=10_000)
-    assert control.update(kl=6.6, n_episodes=500) == pytest.approx(0.2 * (1 + 0.1 * 0.05))
+    assert control.update(kl=6.6, n_episodes=500) == pytest.approx(
+        0.2 * (1 + 0.1 * 0.05)
+    )
     before = control.kl_coef
     assert control.update(60.0, 500) == pytest.approx(before * (1 + 0.2 * 0.05))
     before = control.kl_coef

@@ -45,7 +45,10 @@ def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> 
     _check_shapes(**{"logits without V": logits[..., 0], "labels": labels})
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    logprobs = torch.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    logits = _at_least_float32(logits)
+    if temperature != 1:  # a division by 1 would copy (B, T, V) numbers
+        logits = logits / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
@@ -57,7 +60,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Population variance (divided by n) of x (B, T) over the mask -> scalar."""
-    return masked_mean((_inside(x, mask) - masked_mean(x, mask)) ** 2, mask)
+    mean = masked_mean(x, mask)
+    return masked_mean((_inside(x, mask) - mean) ** 2, mask)
 
 
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -194,7 +198,8 @@ def value_loss(
     _check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     values, old_values = _inside(values, mask), _inside(old_values, mask)
     returns = _inside(returns, mask)
-    near_old = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    # Clamped directly: V_old + (V - V_old) would differ from V by rounding
+    near_old = values.clamp(old_values - clip_range, old_values + clip_range)
     error, clipped_error = (values - returns) ** 2, (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask)
     with torch.no_grad():

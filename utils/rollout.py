@@ -40,10 +40,11 @@ def sample_responses(
             use_cache=True,
         )
         cache = output.past_key_values
-        logits = vocabulary_logits(lm, output.last_hidden_state[:, -1])
+        # Finished rows are filled with EOS; only the others are projected and drawn
+        logits = vocabulary_logits(lm, output.last_hidden_state[alive, -1])
         probs = torch.softmax(logits / temperature, dim=-1)
-        step_ids = torch.multinomial(probs, 1, generator=generator)
-        step_ids = step_ids.masked_fill(~alive.unsqueeze(1), eos_id)
+        step_ids = torch.full_like(alive, eos_id, dtype=torch.long).unsqueeze(1)
+        step_ids[alive] = torch.multinomial(probs, 1, generator=generator)
         input_ids = torch.cat([input_ids, step_ids], dim=1)
         attention_mask = torch.cat([attention_mask, alive.long().unsqueeze(1)], dim=1)
         alive = alive & (step_ids.squeeze(1) != eos_id)

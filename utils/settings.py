@@ -88,10 +88,9 @@ class Settings:
                 "precision must be auto, float32, bfloat16 or float16, "
                 f"got {self.precision!r}"
             )
-        if self.normalise_samples < 2:
-            raise ValueError(
-                f"normalise_samples must be 2 or more, got {self.normalise_samples}"
-            )
+        for name in ("max_tokens", "sft_min_tokens", "normalise_samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be 2 or more, got {getattr(self, name)}")
         if self.prompt_max_tokens < self.prompt_min_tokens:
             raise ValueError(
                 f"prompt_max_tokens ({self.prompt_max_tokens}) must be at least "

@@ -1,5 +1,6 @@
 """Notebooks as a source of code: show a function in one, take functions out of one."""
 
+import ast
 import inspect
 from pathlib import Path
 
@@ -15,16 +16,24 @@ def show_source(thing) -> Markdown:
     return Markdown(f"```python\n{inspect.getsource(thing)}```")
 
 
-def import_cells(notebook: str, *cell_ids: str, namespace: dict | None = None) -> dict:
-    """Run the cells with these ids, and return the names they define.
+def import_cells(notebook: str, *cell_ids: str) -> dict:
+    """Run a notebook's imports and the cells with these ids; the names they define.
 
     Raises KeyError, listing the cells there are, if one is missing.
     """
     cells = nbformat.read(ROOT / notebook, as_version=4).cells
     sources = {cell.id: cell.source for cell in cells if cell.cell_type == "code"}
-    namespace = {} if namespace is None else namespace
     for cell_id in cell_ids:
         if cell_id not in sources:
             raise KeyError(f"{notebook} has no code cell {cell_id!r}: {list(sources)}")
+    imports = [
+        node
+        for source in sources.values()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    namespace = {}
+    exec(compile(ast.Module(imports, []), notebook, "exec"), namespace)
+    for cell_id in cell_ids:
         exec(compile(sources[cell_id], f"{notebook}#{cell_id}", "exec"), namespace)
     return namespace

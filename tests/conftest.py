@@ -1,0 +1,40 @@
+"""What the tests share: the tiny world, and one run of the series in it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from utils.support import toy  # noqa: E402
+
+
+def run_series(*arguments, **environ):
+    """`python -m utils` with these arguments, finished."""
+    return subprocess.run(
+        [sys.executable, "-m", "utils", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The folder of the tiny world."""
+    return toy.build_world(ROOT / toy.WORLD)
+
+
+@pytest.fixture(scope="session")
+def series(world, tmp_path_factory):
+    """The folder of a run of the three notebooks from an empty `runs/`."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run_series("--preset", "tiny", RLHF_RUNS_DIR=str(runs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs / "tiny", done.stdout

@@ -1,0 +1,102 @@
+"""A Hugging Face Hub on loopback that serves local folders, for the tests.
+
+It answers what `transformers` and `datasets` ask when they load a repository: its
+description, the list of its files, and the files.
+"""
+
+import contextlib
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0" * 40
+
+
+@contextlib.contextmanager
+def serve(models: dict[str, Path], datasets: dict[str, Path]):
+    """Serve the folders under these names; gives the address for HF_ENDPOINT."""
+    repositories = {f"models/{name}": folder for name, folder in models.items()}
+    repositories |= {f"datasets/{name}": folder for name, folder in datasets.items()}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, code, body, **headers):
+            if not isinstance(body, bytes):
+                body, headers["Content_Type"] = (
+                    json.dumps(body).encode(),
+                    "application/json",
+                )
+            self.send_response(code)
+            for name, value in {**headers, "Content_Length": len(body)}.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def missing(self, what):
+            self.answer(404, {"error": what}, X_Error_Code=what)
+
+        def do_GET(self, posted=b""):
+            path = unquote(urlsplit(self.path).path).strip("/")
+            if path.startswith("api/"):
+                return self.describe(path.removeprefix("api/"), posted)
+            kind = "" if path.startswith("datasets/") else "models/"
+            name, _, rest = (kind + path).partition("/resolve/")
+            file = repositories.get(name, Path("/missing")) / rest.partition("/")[2]
+            if name not in repositories:
+                return self.missing("RepoNotFound")
+            if not file.is_file():
+                return self.missing("EntryNotFound")
+            data = file.read_bytes()
+            tag = hashlib.sha256(data).hexdigest()
+            self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
+
+        do_HEAD = do_GET
+
+        def do_POST(self):
+            self.do_GET(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        def describe(self, path, posted):
+            name = next(
+                (n for n in repositories if (path + "/").startswith(n + "/")), None
+            )
+            if name is None:
+                return self.missing("RepoNotFound")
+            folder, rest = repositories[name], path.removeprefix(name).strip("/")
+            files = [
+                {
+                    "type": "file",
+                    "path": file.relative_to(folder).as_posix(),
+                    "size": file.stat().st_size,
+                    "oid": COMMIT,
+                }
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            ]
+            if rest.startswith("tree/"):
+                under = rest.split("/", 2)[2:]
+                found = [f for f in files if not under or f["path"].startswith(*under)]
+                return (
+                    self.answer(200, found) if found else self.missing("EntryNotFound")
+                )
+            if rest.startswith("paths-info/"):
+                wanted = unquote(posted.decode())
+                return self.answer(200, [f for f in files if f["path"] in wanted])
+            names = [{"rfilename": file["path"]} for file in files]
+            repository = {"id": name.split("/", 1)[1], "sha": COMMIT, "siblings": names}
+            self.answer(200, {**repository, "tags": [], "private": False})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

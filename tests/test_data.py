@@ -1,0 +1,97 @@
+import datasets
+import pytest
+import torch
+
+from utils import data
+from utils.settings import TINY
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return data.load_tokenizer(str(world / "model"))
+
+
+def test_tokenize_strips_and_ends_in_eos(tokenizer):
+    eos = tokenizer.eos_token_id
+    (row,) = data.tokenize(["never dull "], tokenizer, max_tokens=10)
+    assert row[-1] == eos and row.count(eos) == 1
+    assert tokenizer.decode(row[:-1]) == "never dull"
+
+
+def test_tokenize_cuts_long_texts_and_keeps_the_eos(tokenizer):
+    (row,) = data.tokenize(["the plot is dull . " * 9], tokenizer, max_tokens=6)
+    assert len(row) == 6 and row[-1] == tokenizer.eos_token_id
+
+
+def test_pad_by_hand():
+    ids, mask = data.pad([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = data.pad([[5, 6, 7], [8]], pad_id=9, side="left")
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    with pytest.raises(ValueError, match="'middle'"):
+        data.pad([[1]], 0, side="middle")
+
+
+def test_the_label_of_the_closing_eos_is_kept():
+    eos = 0
+    ids, mask = data.pad([[5, 6, eos], [8, eos]], pad_id=eos)
+    assert data.lm_labels(ids, mask).tolist() == [[5, 6, eos], [8, eos, -100]]
+
+
+def test_batches_hold_every_row_once_and_little_padding():
+    lengths = torch.randint(2, 60, (5003,), generator=torch.manual_seed(0)).tolist()
+    batches = data.batch_indices(lengths, 32, seed=1)
+    assert sorted(i for batch in batches for i in batch) == list(range(5003))
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert 1 - sum(lengths) / padded < 0.10
+    assert batches == data.batch_indices(lengths, 32, seed=1)
+    assert batches != data.batch_indices(lengths, 32, seed=2)
+    # shuffled: short batches do not all come first
+    means = [sum(lengths[i] for i in b) / len(b) for b in batches]
+    assert means != sorted(means)
+
+
+def test_prompts_are_beginnings_of_long_sentences_only(tokenizer):
+    long = "the acting is superb , but the plot is dull ."
+    other = "the plot is dull , but the acting is superb ."
+    sentences = ["never dull ", long + " ", other + " ", long + " "]
+    for seed in range(20):
+        (prompt,) = data.make_prompts(sentences, tokenizer, TINY, seed, exclude={other})
+        assert TINY.prompt_min_tokens <= len(prompt) <= TINY.prompt_max_tokens
+        assert long.startswith(tokenizer.decode(prompt))
+
+
+def test_prompt_lengths_cover_their_range(tokenizer):
+    words = ["funny", "dull", "superb", "witty", "bland", "clever", "moving", "tender"]
+    sentences = [
+        f"the acting is {a} , but the plot is {b} ." for a in words for b in words
+    ]
+    prompts = data.make_prompts(sentences, tokenizer, TINY, seed=0)
+    assert {len(p) for p in prompts} == set(range(2, 8))
+    assert prompts == data.make_prompts(sentences, tokenizer, TINY, seed=0)
+
+
+def test_no_long_sentence_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="none of the 1 sentences has 9 words"):
+        data.make_prompts(["never dull"], tokenizer, TINY, seed=0)
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"train": {"sentence": ["a"], "label": [1]}}, "no split 'validation'"),
+        (
+            {s: {"text": ["a"], "label": [1]} for s in ("train", "validation")},
+            r"no column 'sentence', only \['text', 'label'\]",
+        ),
+    ],
+)
+def test_a_data_set_of_another_form_is_named(tmp_path, splits, message):
+    for name, columns in splits.items():
+        file = tmp_path / "data" / f"{name}-0.parquet"
+        file.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns).to_parquet(file)
+    with pytest.raises(ValueError, match=message):
+        data.load_reviews(str(tmp_path))

@@ -1,0 +1,101 @@
+"""The rules for the notebook files, as they are committed."""
+
+import ast
+import json
+import re
+import statistics
+
+import nbformat
+import pytest
+
+from utils.support.notebook import NOTEBOOKS, ROOT
+
+
+@pytest.fixture(params=NOTEBOOKS)
+def notebook(request):
+    return nbformat.read(ROOT / request.param, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_valid_and_has_no_widgets(notebook):
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert "widgets" not in notebook.metadata
+    assert "widget-view" not in json.dumps(notebook)
+
+
+def test_cells_are_short(notebook):
+    lengths = [len(cell.source.splitlines()) for cell in code(notebook)]
+    assert statistics.median(lengths) <= 10
+    assert max(lengths) <= 40
+    widest = max(
+        (line for c in code(notebook) for line in c.source.split("\n")), key=len
+    )
+    assert len(widest) <= 88, widest
+
+
+def test_the_outputs_are_those_of_a_tiny_run_and_say_so(notebook):
+    assert "a run of the `tiny` preset" in notebook.cells[0].source
+    (settings,) = (cell for cell in code(notebook) if cell.id == "settings")
+    assert "preset: tiny" in settings.outputs[0].text
+    counts = [cell.execution_count for cell in code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_file_is_small(notebook):
+    for name in NOTEBOOKS:
+        assert (ROOT / name).stat().st_size < 1_000_000
+
+
+def test_nothing_private_or_local_stands_in_it(notebook):
+    text = json.dumps(notebook)
+    assert not re.search(r"hf_[A-Za-z0-9]{20}", text)
+    assert not re.search(r"(?<![\w.:/])/(?:home|root|Users|tmp)/", text)
+
+
+def test_what_a_cell_may_not_do(notebook):
+    for cell in code(notebook):
+        assert not cell.source.startswith("%") and "autoreload" not in cell.source
+        assert "tqdm.auto" not in cell.source and "tqdm.notebook" not in cell.source
+        assert "Trainer" not in cell.source and "import trl" not in cell.source
+        assert "trust_remote_code" not in cell.source
+
+
+def test_every_code_cell_is_introduced(notebook):
+    """No more than two code cells in a row without a word between them."""
+    kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
+    assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
+
+
+def test_no_function_is_defined_twice():
+    names = []
+    for name in NOTEBOOKS:
+        for cell in code(nbformat.read(ROOT / name, as_version=4)):
+            names += [
+                f"{cell.id}: {node.name}"
+                for node in ast.walk(ast.parse(cell.source))
+                if isinstance(node, ast.FunctionDef)
+            ]
+    functions = [name.split(": ")[1] for name in names]
+    assert len(functions) == len(set(functions)), sorted(names)
+
+
+def test_the_setup_cell_is_the_same_everywhere():
+    setups = {
+        next(c.source for c in nbformat.read(ROOT / name, 4).cells if c.id == "setup")
+        for name in NOTEBOOKS
+    }
+    assert len(setups) == 1
+    assert 'USE_DRIVE = False  # @param {type:"boolean"}' in setups.pop()
+
+
+def test_the_links_between_files_lead_somewhere(notebook):
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target.replace("%20", " ")).exists(), target

@@ -1,0 +1,159 @@
+"""The three notebooks, executed in the tiny preset, and their figures."""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+
+import nbformat
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ROOT, run_series
+from utils.data import clean, load_reviews, load_tokenizer, tokenize
+from utils.models import RewardModel, freeze, load_causal_lm
+from utils.settings import TINY
+from utils.support import toy
+from utils.support.notebook import NOTEBOOKS
+
+
+@pytest.fixture(scope="module")
+def metrics(series):
+    folder, _ = series
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_sft_model_is_close_to_the_grammars_entropy(series, world):
+    """Nats per held-out sentence after its first word, within 15 % of the least.
+
+    The first word is given: a language model predicts from the second token on. The
+    entropy of the rest is the grammar's minus that of the first word.
+    """
+    folder, _ = series
+    lm = freeze(load_causal_lm(folder / "sft"))
+    tokenizer = load_tokenizer(folder / "sft")
+    held_out = load_reviews(str(world / "dataset"))["validation"]["sentence"]
+    total = 0.0
+    for row in tokenize(held_out, tokenizer, TINY.max_tokens):
+        ids = torch.tensor([row])
+        total += lm(ids, labels=ids).loss.item() * (len(row) - 1)
+    rng = random.Random(0)
+    firsts = Counter(toy.write_review(rng)[0].split()[0] for _ in range(20_000))
+    first = -sum(n / 20_000 * math.log(n / 20_000) for n in firsts.values())
+    least = toy.ENTROPY - first
+    assert total / len(held_out) == pytest.approx(least, rel=0.15)
+
+
+def test_sft_learned(metrics):
+    before, after = metrics["sft"]["before"], metrics["sft"]["after"]
+    assert after["validation_loss"] < before["validation_loss"] - 0.1
+    for figures in (before, after):
+        loss = figures["validation_loss"]
+        assert figures["validation_perplexity"] == pytest.approx(math.exp(loss))
+
+
+def test_the_reward_model_is_accurate(series, world, metrics):
+    assert metrics["reward_model"]["after"]["accuracy"] >= 0.95
+    # recomputed from the saved model, one sentence at a time
+    folder, _ = series
+    model = freeze(RewardModel.from_pretrained(folder / "reward_model"))
+    tokenizer = load_tokenizer(folder / "reward_model")
+    split = load_reviews(str(world / "dataset"))["validation"].select(range(200))
+    right = 0
+    for row, label in zip(
+        tokenize(split["sentence"], tokenizer, 64), split["label"], strict=True
+    ):
+        ids = torch.tensor([row])
+        right += (model(ids, torch.ones_like(ids)).item() > 0) == bool(label)
+    assert right / 200 >= 0.95
+
+
+def test_ppo_reaches_its_goal(metrics):
+    before, after = metrics["policy"]["before"], metrics["policy"]["after"]
+    assert before["exactly_positive"] == pytest.approx(0.45, abs=0.1)
+    assert after["exactly_positive"] >= 0.8
+    assert after["judged_positive"] >= before["judged_positive"] + 0.2
+    assert before["kl"] == 0 and 0.3 < after["kl"] < 6
+    assert after["eos_rate"] >= 0.95
+    assert after["length"] == pytest.approx(before["length"], rel=0.3)
+
+
+def test_the_history_is_healthy(metrics):
+    history = metrics["policy"]["history"]
+    assert len(history) == TINY.ppo_steps
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(history[0]["score"]) < 0.3  # normalised on the SFT model's samples
+    assert history[-1]["explained_variance"] > 0.1
+    for step in history:
+        assert all(math.isfinite(value) for value in step.values())
+        assert step["ratio_mean"] == pytest.approx(1, abs=0.1)
+        assert step["approx_kl"] < 0.1
+
+
+def test_the_policy_loads_with_plain_transformers_and_writes_praise(series, world):
+    folder, _ = series
+    lm = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
+    tokenizer = load_tokenizer(folder / "policy")
+    prompt = torch.tensor([tokenizer("the acting is")["input_ids"]])
+    torch.manual_seed(0)
+    texts = lm.generate(
+        prompt.expand(100, -1),
+        attention_mask=torch.ones(100, prompt.shape[1]),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=32,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    verdicts = [
+        toy.judge(clean(text))
+        for text in tokenizer.batch_decode(texts, skip_special_tokens=True)
+    ]
+    assert sum(v.grammatical and v.positive for v in verdicts) >= 75
+
+
+def test_the_executed_copies_and_the_table(series):
+    folder, table = series
+    for name in NOTEBOOKS:
+        notebook = nbformat.read(folder / name, as_version=4)
+        assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
+    for line in (
+        "SFT: validation perplexity",
+        "reward model: validation accuracy",
+        "grammatical and positive, exactly",
+    ):
+        assert re.search(rf"{re.escape(line)} +[\d.%]+ +[\d.%]+", table)
+
+
+def test_the_same_seed_gives_the_same_numbers(series, tmp_path):
+    """A short PPO run twice on the same models; the CPU leaves no room for noise."""
+    folder, _ = series
+    histories = []
+    for i in range(2):
+        runs = tmp_path / str(i)
+        (runs / "tiny").mkdir(parents=True)
+        for name in ("sft", "reward_model"):
+            (runs / "tiny" / name).symlink_to(folder / name)
+        done = run_series(
+            "--only", "3", "--set", "ppo_episodes=512", RLHF_RUNS_DIR=str(runs)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads((runs / "tiny" / "policy" / "metrics.json").read_text())
+        found.pop("seconds")
+        histories.append(found)
+    assert histories[0] == histories[1]
+
+
+def test_notebook_3_without_its_models_says_what_to_do(world, tmp_path):
+    done = run_series("--only", "3", RLHF_RUNS_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "3-RLHF.ipynb failed" in done.stderr
+    assert "USE_DRIVE = True" in done.stderr
+    assert "!python -m utils --only 1,2 --preset tiny" in done.stderr
+
+
+def test_the_readme_names_what_there_is():
+    readme = (ROOT / "README.md").read_text("utf8")
+    for name in NOTEBOOKS:
+        assert name.replace(" ", "%20") in readme

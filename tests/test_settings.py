@@ -1,0 +1,78 @@
+import dataclasses
+
+import pytest
+import torch
+
+from utils import settings
+from utils.settings import FULL, TINY, Settings, load_settings
+
+
+def test_the_presets():
+    assert load_settings("full", {}) == FULL
+    assert load_settings("tiny", {}) == TINY
+    assert (FULL.model_name, FULL.dataset_name) == ("gpt2", "stanfordnlp/sst2")
+    assert FULL.ppo_steps * FULL.ppo_rollout_size == FULL.ppo_episodes
+
+
+def test_every_field_can_be_set_from_the_environment():
+    for field in dataclasses.fields(Settings):
+        if field.name in ("preset", "precision"):
+            continue
+        value = getattr(FULL, field.name)
+        changed = load_settings("full", {f"RLHF_{field.name.upper()}": str(value)})
+        assert changed == FULL
+        assert type(getattr(changed, field.name)) is type(value)
+    assert load_settings("full", {"RLHF_PPO_EPISODES": "512"}).ppo_episodes == 512
+    assert load_settings("full", {"RLHF_PRECISION": "float16"}).precision == "float16"
+
+
+@pytest.mark.parametrize(
+    "variable, text, message",
+    [
+        ("RLHF_PPO_EPISODE", "512", "RLHF_PPO_EPISODE.*'ppo_episodes'"),
+        ("RLHF_PPO_EPISODES", "many", "ppo_episodes must be a whole number.*'many'"),
+        ("RLHF_PPO_EPISODES", "51.2", "ppo_episodes must be a whole number.*'51.2'"),
+        ("RLHF_KL_COEF", "low", "kl_coef must be a number.*'low'"),
+        (
+            "RLHF_PPO_EPISODES",
+            "100",
+            r"ppo_episodes \(100\) must be a multiple of ppo_",
+        ),
+        ("RLHF_PPO_LR", "0", "ppo_lr must be above 0.*0"),
+        ("RLHF_PPO_LR", "inf", "ppo_lr must be above 0 and finite.*inf"),
+        ("RLHF_PPO_LR", "nan", "ppo_lr must be above 0.*nan"),
+        ("RLHF_KL_COEF", "-1", "kl_coef must be 0 or more.*-1"),
+        ("RLHF_GAE_LAMBDA", "1.5", "gae_lambda must be from 0 to 1.*1.5"),
+        ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
+        ("RLHF_PRECISION", "int8", "precision.*'int8'"),
+        ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
+    ],
+)
+def test_bad_values_are_named(variable, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings("full", {variable: text})
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="'tyni'.*'tiny'"):
+        load_settings("tyni", {})
+
+
+def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="RLHF_PRESET=tiny"):
+        assert settings.get_device(FULL).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, dtype):
+    """A T4 (7.5) emulates bfloat16 and says that it supports it; it gets float16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    device = torch.device("cuda")
+    assert settings.trunk_dtype(FULL, device) == dtype
+    assert settings.trunk_dtype(FULL, torch.device("cpu")) == torch.float32
+    forced = dataclasses.replace(FULL, precision="float32")
+    assert settings.trunk_dtype(forced, device) == torch.float32
