@@ -15,11 +15,12 @@ from utils.support import toy  # noqa: E402
 
 
 def run_series(*arguments, **environ):
-    """`python -m utils` with these arguments, finished."""
+    """`python -m utils` with these arguments, finished: on the CPU, nothing preset."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
     return subprocess.run(
         [sys.executable, "-m", "utils", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environ},
+        env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
         capture_output=True,
         text=True,
     )

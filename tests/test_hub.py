@@ -35,9 +35,12 @@ print(json.dumps({
 
 
 def load(**environ):
-    environ = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        environ.pop(name, None)
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_", "RLHF_"))
+    }
+    environ = {**ours, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
     return subprocess.run(
         [sys.executable, "-c", LOAD],
         cwd=ROOT,

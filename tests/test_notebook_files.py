@@ -48,7 +48,7 @@ def test_the_outputs_are_those_of_a_tiny_run_and_say_so(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_file_is_small(notebook):
+def test_the_files_are_small():
     for name in NOTEBOOKS:
         assert (ROOT / name).stat().st_size < 1_000_000
 
@@ -68,7 +68,7 @@ def test_what_a_cell_may_not_do(notebook):
 
 
 def test_every_code_cell_is_introduced(notebook):
-    """No more than two code cells in a row without a word between them."""
+    """No more than three code cells in a row without a word between them."""
     kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
     assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
 

@@ -322,7 +322,17 @@ def test_other_bad_arguments_are_named():
         ppo.AdaptiveKL(0.1, -1, 100)
 
 
-def test_masked_functions_need_one_pass_over_a_response_that_ends_at_once():
-    rewards, values = t([2.0, 0.0]), t([0.5, 0.0])
-    advantages, returns = ppo.compute_gae(rewards, values, t([1, 0]))
-    assert advantages.tolist() == [[1.5, 0.0]] and returns.tolist() == [[2.0, 0.0]]
+def test_entropy_has_a_gradient_where_a_probability_underflows():
+    logits = torch.tensor([[[0.0, -200.0, -3.0]]], requires_grad=True)
+    ppo.entropy(logits, torch.ones(1, 1)).backward()
+    p = torch.tensor([0.0, -3.0]).softmax(0)
+    H = -(p * p.log()).sum()
+    expected = -p * (p.log() + H)
+    torch.testing.assert_close(logits.grad[0, 0, [0, 2]], expected)
+    assert logits.grad[0, 0, 1] == 0
+
+
+def test_the_largest_ratio_is_that_of_a_real_token():
+    logprobs, mask = t([0.5, 0.25, 9.0]).log(), t([1, 1, 0])
+    _, stats = ppo.policy_loss(logprobs, t([0.0] * 3), t([1.0] * 3), mask)
+    assert stats["ratio_max"].item() == pytest.approx(0.5, abs=1e-12)

@@ -16,14 +16,24 @@ def test_the_presets():
 
 def test_every_field_can_be_set_from_the_environment():
     for field in dataclasses.fields(Settings):
-        if field.name in ("preset", "precision"):
-            continue
         value = getattr(FULL, field.name)
-        changed = load_settings("full", {f"RLHF_{field.name.upper()}": str(value)})
-        assert changed == FULL
+        if field.name == "preset":
+            continue
+        if field.name == "precision":
+            other = "float16"
+        elif field.name in ("ppo_minibatch_size", "ppo_micro_batch_size"):
+            other = value // 2
+        elif field.name in ("sft_warmup", "gamma", "gae_lambda"):
+            other = value / 2
+        else:
+            other = value * 2 if value else 3.0
+        base = {"RLHF_PPO_MINIBATCH_SIZE": "128", "RLHF_PPO_ROLLOUT_SIZE": "512"}
+        base = base if field.name == "ppo_micro_batch_size" else {}
+        changed = load_settings(
+            "full", {**base, f"RLHF_{field.name.upper()}": str(other)}
+        )
+        assert getattr(changed, field.name) == other != value
         assert type(getattr(changed, field.name)) is type(value)
-    assert load_settings("full", {"RLHF_PPO_EPISODES": "512"}).ppo_episodes == 512
-    assert load_settings("full", {"RLHF_PRECISION": "float16"}).precision == "float16"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +55,7 @@ def test_every_field_can_be_set_from_the_environment():
         ("RLHF_GAE_LAMBDA", "1.5", "gae_lambda must be from 0 to 1.*1.5"),
         ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
         ("RLHF_PRECISION", "int8", "precision.*'int8'"),
+        ("RLHF_PRESETS", "1", "RLHF_PRESETS.*there is no setting 'presets'"),
         ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
     ],
 )

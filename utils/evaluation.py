@@ -13,6 +13,7 @@ from utils.rollout import (
     response_hidden_states,
     response_logprobs,
     sample_responses,
+    squash,
 )
 from utils.settings import autocast
 
@@ -97,7 +98,7 @@ def evaluate_policy(
                 settings.temperature,
                 generator,
             )
-            rewards = 2 * torch.sigmoid(reward_model(*sampled[:2])) - 1
+            rewards = squash(reward_model(*sampled[:2]))
             hidden, ref_hidden = (
                 response_hidden_states(model, *sampled) for model in (lm, reference)
             )

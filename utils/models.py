@@ -139,7 +139,12 @@ def find_artefacts(settings, *names: str) -> list[str]:
 
     Raises FileNotFoundError, with both ways out, if one is not there.
     """
-    missing = [n for n in names if not (settings.folder / n / "metrics.json").exists()]
+    files = {"reward_model": RewardModel.HEAD_FILE}  # of the others, the last written
+    missing = [
+        name
+        for name in names
+        if not (settings.folder / name / files.get(name, "metrics.json")).exists()
+    ]
     if missing:
         numbers = ",".join(NOTEBOOK_OF[name] for name in missing)
         raise FileNotFoundError(

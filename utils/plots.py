@@ -40,7 +40,7 @@ def plot_reviews(labels, lengths, min_tokens: int):
     right.hist(lengths, bins=range(1, max(lengths) + 2), color=GREY)
     right.axvline(min_tokens, color=RED, linestyle="--")
     right.set(title="length", xlabel="tokens with EOS", ylabel="phrases")
-    right.text(min_tokens, right.get_ylim()[1], " kept from here", color=RED, va="top")
+    right.text(min_tokens, right.get_ylim()[1], " kept from here", color=RED)
     return figure
 
 
@@ -88,13 +88,12 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     predicted = [probability[bins == b].mean() for b in filled]
     observed = [truth[bins == b].float().mean() for b in filled]
     middle.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfect")
-    middle.plot(predicted, observed, "o-", color=BLUE, label="reward model")
+    middle.plot(predicted, observed, "o", color=BLUE, label="reward model")
     middle.set(title="calibration", xlabel="predicted P(positive)")
     middle.set(ylabel="share that is positive")
     middle.legend(frameon=False)
-    for value, colour in ((0, RED), (1, BLUE)):
-        scores = logits[truth == value].numpy()
-        right.hist(scores, bins=40, color=colour, alpha=0.6, label=names[value])
+    groups = [logits[truth == value].numpy() for value in (0, 1)]
+    right.hist(groups, bins=25, color=[RED, BLUE], label=names)
     right.set(title="raw scores", xlabel="logit", ylabel="texts")
     right.legend(frameon=False)
     return figure
@@ -116,8 +115,8 @@ def plot_ppo(history: list[dict]):
 def plot_rewards(before: list[float], after: list[float]):
     """Rewards of the same prompts' responses before and after PPO."""
     figure, axis = _axes(1, 1, width=6, height=3)
-    for rewards, colour, label in ((before, RED, "before"), (after, BLUE, "after")):
-        axis.hist(rewards, bins=40, range=(-1, 1), color=colour, alpha=0.6, label=label)
+    groups = {"bins": 20, "range": (-1, 1), "label": ["before", "after"]}
+    axis.hist([before, after], color=[RED, BLUE], **groups)
     axis.set(xlabel="reward, 2σ(raw logit) − 1", ylabel="responses")
     axis.legend(frameon=False)
     return figure

@@ -215,7 +215,10 @@ def entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """
     _check_shapes(**{"logits without V": logits[..., 0], "mask": mask})
     logits = _at_least_float32(_inside(logits, mask.unsqueeze(-1)))
-    return masked_mean(torch.special.entr(logits.softmax(-1)).sum(-1), mask)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    probs = logprobs.exp()
+    # Where p is 0, p log p is 0 too, and so is its gradient
+    return masked_mean(-(probs * logprobs.masked_fill(probs == 0, 0)).sum(-1), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

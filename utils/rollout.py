@@ -163,6 +163,11 @@ def has_ended(input_ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
     return ((responses == eos_id) & mask.bool()).any(dim=1)
 
 
+def squash(raw_scores: Tensor) -> Tensor:
+    """Raw logits as 2 sigmoid(logit) - 1, between -1 and 1, as reports give them."""
+    return 2 * torch.sigmoid(raw_scores) - 1
+
+
 def normalise_scores(
     raw_scores: Tensor, ended: Tensor, mean: float, std: float, missing_eos_score: float
 ) -> Tensor:

@@ -48,12 +48,12 @@ class Settings:
     max_new_tokens: int = 48  # of a response, EOS included [tokens]
     temperature: float = 1.0  # of the sampling, and of every log-probability
     # 3. PPO: the loop
-    ppo_episodes: int = 10_240  # [responses], in rollouts of
+    ppo_episodes: int = 6_144  # [responses], in rollouts of
     ppo_rollout_size: int = 256  # [responses], each used for
     ppo_epochs: int = 4  # [passes over the rollout], in
     ppo_minibatch_size: int = 64  # [responses for one optimiser step], in pieces of
     ppo_micro_batch_size: int = 64  # [responses on the device at once]
-    ppo_lr: float = 3e-5  # peak learning rate, falling linearly to 0
+    ppo_lr: float = 4e-5  # peak learning rate, falling linearly to 0
     value_head_lr: float = 1e-3  # the same for the value head, which starts from zeros
     kl_coef: float = 0.1  # beta, the price of a nat of KL [normalised score per nat]
     kl_target: float = (
@@ -96,6 +96,11 @@ class Settings:
                 f"prompt_max_tokens ({self.prompt_max_tokens}) must be at least "
                 f"prompt_min_tokens ({self.prompt_min_tokens})"
             )
+        if self.kl_target and not self.kl_coef:
+            raise ValueError(
+                f"kl_target is {self.kl_target} but kl_coef is 0, and an adaptive beta "
+                "never leaves 0; set kl_coef above 0"
+            )
         for whole, part in (
             ("ppo_episodes", "ppo_rollout_size"),
             ("ppo_rollout_size", "ppo_minibatch_size"),
@@ -128,10 +133,10 @@ TINY = Settings(
     rm_lr=1e-3,
     max_new_tokens=32,
     ppo_episodes=7_680,
-    ppo_minibatch_size=64,
-    ppo_lr=3e-4,
+    ppo_lr=2e-4,
     value_head_lr=3e-3,
-    kl_coef=0.05,
+    value_clip_range=1.0,
+    value_coef=1.0,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
 

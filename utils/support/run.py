@@ -88,8 +88,8 @@ def execute(name: str, folder: Path, env: dict):
             nbformat.write(notebook, folder / name)
 
 
-def report(folder: Path) -> tuple[dict, str]:
-    """What the notebooks measured, as a dict by artefact and as a table."""
+def report(folder: Path, notebooks) -> tuple[dict, str]:
+    """What has been measured, by artefact, and a table of what these notebooks did."""
     from utils.evaluation import FIGURES, figures_table
 
     found = {
@@ -98,7 +98,9 @@ def report(folder: Path) -> tuple[dict, str]:
         if (folder / name / "metrics.json").exists()
     }
     before, after = {}, {}
-    for metrics in found.values():
+    for name, metrics in found.items():
+        if NOTEBOOKS[ARTEFACTS.index(name)] not in notebooks:
+            continue
         before.update(metrics.get("before", {}))
         after.update(metrics["after"])
     return found, figures_table(before, after, {**EARLIER_FIGURES, **FIGURES})
@@ -155,7 +157,7 @@ def main(argv=None) -> int:
             return 1
         if options.save_outputs:
             nbformat.write(nbformat.read(folder / name, as_version=4), ROOT / name)
-    metrics, table = report(folder)
+    metrics, table = report(folder, options.notebooks)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(
         f"\n{table}\n\nExecuted notebooks and metrics.json: {options.settings.folder}"

@@ -296,7 +296,7 @@ def pretrain(tokenizer, show_progress: bool = True) -> GPT2LMHeadModel:
 
 
 def definition() -> str:
-    """A fingerprint of everything that the world is built from."""
+    """A fingerprint of this file, from which the world is built."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 

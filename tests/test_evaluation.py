@@ -1,0 +1,110 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tests.test_rollout import EOS, small_lm
+from utils.data import load_tokenizer
+from utils.evaluation import (
+    FIGURES,
+    distinct_n,
+    evaluate_policy,
+    figures_table,
+    train_judge,
+)
+from utils.models import RewardModel, freeze
+from utils.settings import TINY
+
+SETTINGS = dataclasses.replace(TINY, max_new_tokens=6, ppo_minibatch_size=64)
+PROMPTS = [[5, 6, 7, 8], [3], [4, 2]] * 20
+
+
+class Tokenizer:
+    """Token ids as words."""
+
+    eos_token_id = EOS
+
+    def decode(self, ids, skip_special_tokens=False):
+        ids = [int(i) for i in ids]
+        return " ".join(str(i) for i in ids if not (skip_special_tokens and i == EOS))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    torch.manual_seed(0)
+    reward_model = freeze(RewardModel(small_lm(seed=2).base_model).double())
+    models = small_lm(seed=0), small_lm(seed=1), reward_model
+
+    def measure():
+        judges = {"has_three": lambda texts: ["3" in text.split() for text in texts]}
+        return evaluate_policy(
+            *models, Tokenizer(), PROMPTS, SETTINGS, torch.device("cpu"), judges
+        )
+
+    return models, *measure(), measure()
+
+
+def alone(model, ids):
+    """Log-probability of each token after the first, from the model's own logits."""
+    logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs[range(len(ids) - 1), ids[1:]].detach()
+
+
+def test_every_figure_from_the_texts_alone(measured):
+    (lm, reference, reward_model), figures, rows, _ = measured
+    kls, rewards, surprise, n_tokens, ended = [], [], 0.0, 0, 0
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert row["prompt"] == " ".join(map(str, prompt))
+        response = [int(i) for i in row["response"].split()]
+        stopped = len(response) < SETTINGS.max_new_tokens
+        ids = prompt + response + [EOS] * stopped
+        n = len(response) + stopped
+        policy, ref = alone(lm, ids)[-n:], alone(reference, ids)[-n:]
+        kls.append((policy - ref).sum().item())
+        surprise, n_tokens, ended = (
+            surprise - ref.sum().item(),
+            n_tokens + n,
+            ended + stopped,
+        )
+        text = torch.tensor([ids])
+        z = reward_model(text, torch.ones_like(text)).item()
+        rewards.append(2 / (1 + math.exp(-z)) - 1)
+        assert row["kl"] == pytest.approx(kls[-1], abs=1e-6)
+        assert row["reward"] == pytest.approx(rewards[-1], abs=1e-6)
+    count = len(PROMPTS)
+    assert 0 < ended < count
+    assert figures["kl"] == pytest.approx(sum(kls) / count, abs=1e-6)
+    assert figures["reward"] == pytest.approx(sum(rewards) / count, abs=1e-6)
+    assert figures["perplexity"] == pytest.approx(math.exp(surprise / n_tokens))
+    assert figures["eos_rate"] == ended / count
+    assert figures["length"] == n_tokens / count
+    with_three = sum("3" in row["text"].split() for row in rows)
+    assert figures["has_three"] == with_three / count
+
+
+def test_the_same_model_gives_the_same_figures(measured):
+    """Before and after are paired: same prompts, same seed."""
+    _, figures, rows, again = measured
+    assert (figures, rows) == again
+
+
+def test_distinct_n_by_hand():
+    rows = [[1, 2, 1, 2], [1, 2], [3]]
+    assert distinct_n(rows, 1) == 3 / 7
+    assert distinct_n(rows, 2) == 2 / 4  # (1, 2) three times, (2, 1) once
+
+
+def test_the_judge_learns_words(world):
+    tokenizer = load_tokenizer(str(world / "model"))
+    sentences = ["a funny film", "a dull film", "the plot is funny", "the plot is dull"]
+    judge = train_judge(sentences * 300, [1, 0, 1, 0] * 300, tokenizer, 0, epochs=5)
+    assert judge(["a funny plot", "a dull plot"]) == [True, False]
+
+
+def test_the_table_shows_what_was_measured():
+    table = figures_table({"kl": 0.0}, {"kl": 2.345, "eos_rate": 0.5})
+    lines = table.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split()[-2:] == ["0.00", "2.35"] or lines[1].split()[-1] == "2.34"
+    assert lines[2].startswith(FIGURES["eos_rate"][0]) and lines[2].endswith("50.0%")
