@@ -70,25 +70,27 @@ def serve(models: dict[str, Path], datasets: dict[str, Path]):
             if name is None:
                 return self.missing("RepoNotFound")
             folder, rest = repositories[name], path.removeprefix(name).strip("/")
-            files = [
-                {
-                    "type": "file",
-                    "path": file.relative_to(folder).as_posix(),
-                    "size": file.stat().st_size,
+            entries = {
+                found.relative_to(folder).as_posix(): {
+                    "type": "directory" if found.is_dir() else "file",
+                    "path": found.relative_to(folder).as_posix(),
+                    "size": found.stat().st_size,
                     "oid": COMMIT,
                 }
-                for file in sorted(folder.rglob("*"))
-                if file.is_file()
-            ]
+                for found in sorted(folder.rglob("*"))
+            }
             if rest.startswith("tree/"):
-                under = rest.split("/", 2)[2:]
-                found = [f for f in files if not under or f["path"].startswith(*under)]
-                return (
-                    self.answer(200, found) if found else self.missing("EntryNotFound")
-                )
+                under = folder.joinpath(*rest.split("/")[2:])
+                if not under.is_dir():
+                    return self.missing("EntryNotFound")
+                all_below = "recursive=true" in self.path.lower()
+                found = under.rglob("*") if all_below else under.iterdir()
+                names = sorted(path.relative_to(folder).as_posix() for path in found)
+                return self.answer(200, [entries[name] for name in names])
             if rest.startswith("paths-info/"):
-                wanted = unquote(posted.decode())
-                return self.answer(200, [f for f in files if f["path"] in wanted])
+                wanted = json.loads(posted)["paths"]
+                return self.answer(200, [entries[n] for n in wanted if n in entries])
+            files = [e for e in entries.values() if e["type"] == "file"]
             names = [{"rfilename": file["path"]} for file in files]
             repository = {"id": name.split("/", 1)[1], "sha": COMMIT, "siblings": names}
             self.answer(200, {**repository, "tags": [], "private": False})

@@ -8,6 +8,7 @@ import torch
 
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import PolicyWithValueHead, freeze
+from utils.ppo import compute_gae
 from utils.rollout import Rollout, has_ended, normalise_scores
 from utils.settings import TINY
 from utils.support.notebook import import_cells
@@ -63,18 +64,100 @@ def test_a_rollout_adds_up(loop, policy):
     # all rewards of a response: its score, minus 0.1 a nat of KL
     total = rollout.rewards.sum(1)
     torch.testing.assert_close(total, rollout.scores - 0.1 * kl, atol=1e-9, rtol=0)
-    # lambda = 0.95, but the advantages are whitened over the mask
-    inside = rollout.advantages[mask]
-    assert inside.mean().abs() < 1e-9 and (inside.var(correction=0) - 1).abs() < 1e-6
-    # the last return of a response is its last reward: in the rewards' own units
-    last = rollout.mask.sum(1) - 1
-    rows = torch.arange(len(rollout))
-    torch.testing.assert_close(
-        rollout.returns[rows, last], rollout.rewards[rows, last], atol=1e-9, rtol=0
-    )
+    assert not rollout.rewards[~mask].any()
     ended = has_ended(rollout.input_ids, rollout.mask, EOS)
     assert 0 < ended.sum() < len(rollout)
     assert (rollout.scores[~ended] == -1).all()
+
+
+def test_the_returns_are_formed_before_the_advantages_are_whitened(loop, policy):
+    settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.5)
+    rollout = collect(loop, policy, freeze(small_lm(seed=1)), settings=settings)
+    mask = rollout.mask.bool()
+    raw, returns = compute_gae(rollout.rewards, rollout.old_values, mask, 0.9, 0.5)
+    torch.testing.assert_close(rollout.returns, returns, atol=1e-9, rtol=0)
+    white = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
+    torch.testing.assert_close(rollout.advantages[mask], white, atol=1e-6, rtol=0)
+
+
+def test_every_log_probability_is_at_the_temperature(loop, policy):
+    hot = dataclasses.replace(SETTINGS, temperature=2.0)
+    reference = freeze(small_lm(seed=1))
+    rollout = collect(loop, policy, reference, settings=hot)
+    for b in range(len(rollout)):
+        text = rollout.input_ids[b][rollout.attention_mask[b].bool()]
+        n = int(rollout.mask[b].sum())
+        for lm, name in ((policy.lm, "old_logprobs"), (reference, "ref_logprobs")):
+            logits = lm(text[None]).logits[0, -n - 1 : -1].detach() / 2.0
+            expected = logits.log_softmax(-1)[range(n), text[-n:]]
+            got = getattr(rollout, name)[b, :n]
+            torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
+    stats = update(loop, policy, rollout, hot)
+    assert (stats["ratio_max"][0] - 1).abs() <= 1e-9
+
+
+def test_an_update_is_what_it_would_be_by_hand(loop, policy):
+    """Two steps of plain gradient descent, with a setting of its own for each part."""
+    settings = dataclasses.replace(
+        SETTINGS,
+        ppo_epochs=1,
+        clip_range=0.05,
+        value_clip_range=0.01,
+        value_coef=0.7,
+        max_grad_norm=0.5,
+    )
+    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
+    with torch.no_grad():  # so that ratios and values differ from the old ones
+        for weight in policy.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.manual_seed(1))
+    by_hand = copy.deepcopy(policy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    stats = loop["ppo_update"](policy, optimizer, SCALER, rollout, settings, generator)
+    assert 0 < stats["clip_fraction"][0] < 1
+    assert 0 < stats["value_clip_fraction"][0] < 1
+
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    for rows in (order[:12], order[12:]):
+        losses = []
+        for b in rows.tolist():
+            text = rollout.input_ids[b][rollout.attention_mask[b].bool()]
+            n = int(rollout.mask[b].sum())
+            hidden = by_hand.lm.base_model(text[None]).last_hidden_state[0, -n - 1 : -1]
+            logits = by_hand.lm(text[None]).logits[0, -n - 1 : -1]
+            logprobs = logits.log_softmax(-1)[range(n), text[-n:]]
+            for t in range(n):
+                ratio = (logprobs[t] - rollout.old_logprobs[b, t]).exp()
+                A, G = rollout.advantages[b, t], rollout.returns[b, t]
+                V, old = by_hand.value_head(hidden[t]), rollout.old_values[b, t]
+                gain = torch.minimum(A * ratio, A * ratio.clamp(0.95, 1.05))
+                near = old + (V - old).clamp(-0.01, 0.01)
+                error = torch.maximum((V - G) ** 2, (near - G) ** 2)
+                losses.append(-gain + 0.7 * error / 2)
+        by_hand.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        norm = sum((p.grad**2).sum() for p in by_hand.parameters()).sqrt()
+        assert norm > 0.5  # it is clipped
+        with torch.no_grad():
+            for weight in by_hand.parameters():
+                weight -= 0.1 * weight.grad * 0.5 / norm
+    for got, want in zip(policy.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_a_gradient_that_overflows_moves_nothing(loop):
+    """With loss scaling, as in float16: the scaler skips the step."""
+    policy = PolicyWithValueHead(small_lm()).float().eval()
+    rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
+    before = copy.deepcopy(policy.state_dict())
+    policy.value_head.weight.register_hook(lambda grad: grad * float("inf"))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    generator = torch.Generator().manual_seed(0)
+    loop["ppo_update"](policy, optimizer, scaler, rollout, SETTINGS, generator)
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, before[name])
+    assert scaler.get_scale() < 8.0
 
 
 def test_the_score_stands_on_the_eos(loop, policy):
@@ -91,6 +174,11 @@ def test_the_first_ratio_is_one_and_the_last_is_not(loop):
     policy = PolicyWithValueHead(small_lm()).float().eval()
     reference = freeze(copy.deepcopy(policy.lm))
     rollout = collect(loop, policy, reference)
+    with torch.no_grad():
+        now, _ = loop["evaluate_responses"](
+            policy, rollout.input_ids, rollout.attention_mask, rollout.mask
+        )
+    assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-5
     stats = update(loop, policy, rollout)
     assert (stats["ratio_max"][0] - 1).abs() <= 1e-5
     assert stats["approx_kl"][0] <= 1e-6
@@ -173,8 +261,10 @@ def test_in_half_precision_the_first_ratio_is_still_near_one(loop):
     policy = PolicyWithValueHead(small_lm()).float().eval()
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)), settings=half)
     assert rollout.old_logprobs.dtype == rollout.old_values.dtype == torch.float32
-    exact = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
-    shared = rollout.mask.shape == exact.mask.shape
-    assert not shared or not torch.equal(rollout.old_logprobs, exact.old_logprobs)
-    stats = update(loop, policy, rollout, half)
-    assert (stats["ratio_max"][0] - 1).abs() <= 1e-3
+    with torch.no_grad():
+        batch = (rollout.input_ids, rollout.attention_mask, rollout.mask)
+        exact, _ = loop["evaluate_responses"](policy, *batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            now, _ = loop["evaluate_responses"](policy, *batch)
+    assert (exact - rollout.old_logprobs).abs().max() > 1e-4  # it was in bfloat16
+    assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-2

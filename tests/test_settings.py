@@ -21,17 +21,13 @@ def test_every_field_can_be_set_from_the_environment():
             continue
         if field.name == "precision":
             other = "float16"
-        elif field.name in ("ppo_minibatch_size", "ppo_micro_batch_size"):
+        elif field.name == "ppo_micro_batch_size":
             other = value // 2
         elif field.name in ("sft_warmup", "gamma", "gae_lambda"):
             other = value / 2
         else:
             other = value * 2 if value else 3.0
-        base = {"RLHF_PPO_MINIBATCH_SIZE": "128", "RLHF_PPO_ROLLOUT_SIZE": "512"}
-        base = base if field.name == "ppo_micro_batch_size" else {}
-        changed = load_settings(
-            "full", {**base, f"RLHF_{field.name.upper()}": str(other)}
-        )
+        changed = load_settings("full", {f"RLHF_{field.name.upper()}": str(other)})
         assert getattr(changed, field.name) == other != value
         assert type(getattr(changed, field.name)) is type(value)
 

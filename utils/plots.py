@@ -38,9 +38,10 @@ def plot_reviews(labels, lengths, min_tokens: int):
     left.bar_label(bars)
     left.set(title="label balance", ylabel="phrases")
     right.hist(lengths, bins=range(1, max(lengths) + 2), color=GREY)
-    right.axvline(min_tokens, color=RED, linestyle="--")
+    right.axvline(min_tokens, color=RED, linestyle="--", label="kept from here")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set(title="length", xlabel="tokens with EOS", ylabel="phrases")
-    right.text(min_tokens, right.get_ylim()[1], " kept from here", color=RED)
+    right.legend(frameon=False)
     return figure
 
 
