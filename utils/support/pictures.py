@@ -13,49 +13,45 @@ from utils.plots import BLUE, GREY, RED, plot_ppo
 from utils.settings import TINY
 from utils.support.notebook import ROOT
 
-STAGES = [  # title, what goes in, what happens, what comes out
-    (
-        "1 · SFT",
-        "GPT-2\n+ reviews",
-        "predict the\nnext token",
-        "SFT model\nwrites reviews",
-    ),
-    (
-        "2 · Reward model",
-        "GPT-2\n+ labels",
-        "predict the\nsentiment",
-        "reward model\nscores reviews",
-    ),
-    (
-        "3 · PPO",
-        "SFT model\n+ reward model",
-        "write, score,\nimprove",
-        "policy\nwrites praise",
-    ),
+BOXES = {  # name: (x, y, text, colour)
+    "gpt2": (0.9, 3, "GPT-2", GREY),
+    "sft": (3.6, 4.6, "1 · SFT\npredict the next token\nof film reviews", BLUE),
+    "rm": (3.6, 1.4, "2 · Reward model\npredict the label:\npraise or blame", RED),
+    "policy": (7.2, 4.6, "policy\nwrites a review", BLUE),
+    "reference": (10.6, 4.6, "frozen reference\nhow far has it strayed?", GREY),
+    "reward": (7.2, 1.4, "reward model\nscores it", RED),
+    "update": (10.6, 1.4, "3 · PPO\nbetter than expected?\nmake it more likely", BLUE),
+}
+ARROWS = [  # from, to
+    ("gpt2", "sft"),
+    ("gpt2", "rm"),
+    ("sft", "policy"),
+    ("rm", "reward"),
+    ("policy", "reward"),
+    ("policy", "reference"),
+    ("reward", "update"),
+    ("reference", "update"),
+    ("update", "policy"),
 ]
 
 
 def plot_stages():
-    """The three stages, a row each: what goes in, what happens, what comes out."""
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    axis.set(xlim=(0, 10), ylim=(0, 6))
+    """GPT-2 becomes the SFT model and the reward model; PPO goes round with both."""
+    figure, axis = plt.subplots(figsize=(9.5, 4.2), layout="constrained")
+    axis.set(xlim=(0, 12.4), ylim=(0.4, 5.6))
     axis.axis("off")
-    for row, (title, *texts) in enumerate(STAGES):
-        y = 5 - 2 * row
-        axis.text(0, y, title, fontsize=12, fontweight="bold", va="center")
-        for column, (text, colour) in enumerate(
-            zip(texts, (GREY, RED, BLUE), strict=True)
-        ):
-            x = 3.6 + 2.6 * column
-            box = {
-                "boxstyle": "round,pad=0.5",
-                "facecolor": "white",
-                "edgecolor": colour,
-            }
-            axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
-            if column:
-                arrow = {"arrowstyle": "->", "color": GREY}
-                axis.annotate("", (x - 0.85, y), (x - 1.75, y), arrowprops=arrow)
+    drawn = {}
+    for name, (x, y, text, colour) in BOXES.items():
+        box = {"boxstyle": "round,pad=0.6", "facecolor": "white", "edgecolor": colour}
+        drawn[name] = axis.text(x, y, text, ha="center", va="center", bbox=box)
+    figure.canvas.draw()
+    for start, end in ARROWS:
+        style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 4, "shrinkB": 4}
+        style |= {
+            "patchA": drawn[start].get_bbox_patch(),
+            "patchB": drawn[end].get_bbox_patch(),
+        }
+        axis.annotate("", BOXES[end][:2], BOXES[start][:2], arrowprops=style)
     return figure
 
 

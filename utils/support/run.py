@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support.notebook import NOTEBOOKS, ROOT
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 # Each artefact, in the order of the notebooks.
 ARTEFACTS = ("sft", "reward_model", "policy")
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
@@ -47,15 +48,12 @@ class Client(NotebookClient):
 def _tidy(notebook):
     """Take out what only a live page can show: GitHub refuses widgets without state."""
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        cell["outputs"] = [
-            output
-            for output in cell.get("outputs", [])
-            if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-        ]
-        if cell.cell_type != "code":
-            del cell["outputs"]
-    notebook.metadata.pop("widgets", None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if WIDGET not in output.get("data", {})
+            ]
 
 
 def execute(name: str, folder: Path, env: dict):
@@ -76,9 +74,7 @@ def execute(name: str, folder: Path, env: dict):
     )
     # The kernel of this very Python, not one that the user has registered elsewhere.
     manager = client.create_kernel_manager()
-    manager.kernel_spec_manager = KernelSpecManager(
-        kernel_dirs=[str(Path(sys.prefix) / "share" / "jupyter" / "kernels")]
-    )
+    manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
     with tqdm(total=len(notebook.cells), desc=name, unit="cell") as client.bar:
         try:
             client.execute(env=env)
