@@ -45,8 +45,9 @@ def test_every_field_can_be_set_from_the_environment():
             r"ppo_episodes \(100\) must be a multiple of ppo_",
         ),
         ("RLHF_PPO_LR", "0", "ppo_lr must be above 0.*0"),
-        ("RLHF_PPO_LR", "inf", "ppo_lr must be above 0 and finite.*inf"),
-        ("RLHF_PPO_LR", "nan", "ppo_lr must be above 0.*nan"),
+        ("RLHF_PPO_LR", "inf", "ppo_lr must be finite.*inf"),
+        ("RLHF_PPO_LR", "nan", "ppo_lr must be finite.*nan"),
+        ("RLHF_MISSING_EOS_SCORE", "nan", "missing_eos_score must be finite"),
         ("RLHF_KL_COEF", "-1", "kl_coef must be 0 or more.*-1"),
         ("RLHF_GAE_LAMBDA", "1.5", "gae_lambda must be from 0 to 1.*1.5"),
         ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
@@ -58,6 +59,11 @@ def test_every_field_can_be_set_from_the_environment():
 def test_bad_values_are_named(variable, text, message):
     with pytest.raises(ValueError, match=message):
         load_settings("full", {variable: text})
+
+
+def test_an_adaptive_beta_cannot_start_at_zero():
+    with pytest.raises(ValueError, match="kl_target is 6.0 but kl_coef is 0"):
+        load_settings("full", {"RLHF_KL_TARGET": "6", "RLHF_KL_COEF": "0"})
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import random
 import warnings
@@ -56,9 +57,7 @@ class Settings:
     ppo_lr: float = 4e-5  # peak learning rate, falling linearly to 0
     value_head_lr: float = 1e-3  # the same for the value head, which starts from zeros
     kl_coef: float = 0.1  # beta, the price of a nat of KL [normalised score per nat]
-    kl_target: float = (
-        0.0  # KL that an adaptive beta steers to [nats]; 0: beta is fixed
-    )
+    kl_target: float = 0.0  # an adaptive beta steers KL to this [nats]; 0: none
     kl_horizon: int = 10_000  # how slowly it does so [responses]
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # GAE: 0 trusts the value head, 1 the sampled return
@@ -75,14 +74,16 @@ class Settings:
         may_be_zero = ("kl_coef", "kl_target", "value_coef", "seed")
         shares = ("sft_warmup", "gamma", "gae_lambda")
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, str) or name == "missing_eos_score":
+            if isinstance(value, str):
                 continue
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
             if name in shares and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-            if name in may_be_zero and not value >= 0:
+            if name in may_be_zero and value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
-            if name not in shares + may_be_zero and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+            if name not in (*shares, *may_be_zero, "missing_eos_score") and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 "precision must be auto, float32, bfloat16 or float16, "

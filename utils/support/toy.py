@@ -66,8 +66,9 @@ Quality- -> 1 cliches | 1 bad jokes | 1 noise | 1 plot holes | 1 bad taste | 1 s
 
 # What the small GPT-2 is "pre-trained" on besides: plain sentences with no opinion.
 CHATTER_GRAMMAR = """
-Chatter -> 3 the Someone Went to the Place Moment . | 2 Number Someone s Live near the Place . | 2 the Film Opens Moment in the Place . | 1 a Someone asks about the Film .
+Chatter -> 3 the Someone Went to the Place Moment . | 2 Number Crowd Live near the Place . | 2 the Film Opens Moment in the Place . | 1 a Someone asks about the Film .
 Someone -> 1 director | 1 writer | 1 actor | 1 teacher | 1 doctor | 1 farmer | 1 sailor | 1 soldier | 1 singer
+Crowd -> 1 friends | 1 students | 1 tourists | 1 neighbours | 1 brothers
 Went -> 1 goes | 1 travels | 1 returns | 1 walks
 Place -> 1 city | 1 harbour | 1 village | 1 cinema | 1 market | 1 station | 1 school | 1 island
 Moment -> 1 in the morning | 1 at night | 1 in winter | 1 once again | 1 this time
