@@ -96,7 +96,19 @@ def test_the_setup_cell_is_the_same_everywhere():
     assert 'USE_DRIVE = False  # @param {type:"boolean"}' in setups.pop()
 
 
+def broken_links(text):
+    """The local targets of Markdown links that do not exist."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    return [t for t in targets if not (ROOT / t.replace("%20", " ")).exists()]
+
+
 def test_the_links_between_files_lead_somewhere(notebook):
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / target.replace("%20", " ")).exists(), target
+    assert broken_links(text) == []
+
+
+def test_the_links_and_pictures_of_the_readme_are_there():
+    readme = (ROOT / "README.md").read_text("utf8")
+    assert broken_links(readme) == []
+    for name in (*NOTEBOOKS, "docs/stages.png", "docs/training.png"):
+        assert f"({name.replace(' ', '%20')})" in readme

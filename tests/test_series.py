@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT, run_series
+from tests.conftest import run_series
 from utils.data import clean, load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.settings import TINY
@@ -152,9 +152,3 @@ def test_notebook_3_without_its_models_says_what_to_do(world, tmp_path):
     assert "3-RLHF.ipynb failed" in done.stderr
     assert "USE_DRIVE = True" in done.stderr
     assert "!python -m utils --only 1,2 --preset tiny" in done.stderr
-
-
-def test_the_readme_names_what_there_is():
-    readme = (ROOT / "README.md").read_text("utf8")
-    for name in NOTEBOOKS:
-        assert name.replace(" ", "%20") in readme
