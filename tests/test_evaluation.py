@@ -36,13 +36,14 @@ def measured():
     reward_model = freeze(RewardModel(small_lm(seed=2).base_model).double())
     models = small_lm(seed=0), small_lm(seed=1), reward_model
 
-    def measure():
+    def measure(settings=SETTINGS):
         judges = {"has_three": lambda texts: ["3" in text.split() for text in texts]}
         return evaluate_policy(
-            *models, Tokenizer(), PROMPTS, SETTINGS, torch.device("cpu"), judges
+            *models, Tokenizer(), PROMPTS, settings, torch.device("cpu"), judges
         )
 
-    return models, *measure(), measure()
+    other = dataclasses.replace(SETTINGS, seed=SETTINGS.seed + 1)
+    return models, *measure(), measure(), measure(other)
 
 
 def alone(model, ids):
@@ -52,7 +53,7 @@ def alone(model, ids):
 
 
 def test_every_figure_from_the_texts_alone(measured):
-    (lm, reference, reward_model), figures, rows, _ = measured
+    (lm, reference, reward_model), figures, rows, *_ = measured
     kls, rewards, surprise, n_tokens, ended = [], [], 0.0, 0, 0
     for row, prompt in zip(rows, PROMPTS, strict=True):
         assert row["prompt"] == " ".join(map(str, prompt))
@@ -85,8 +86,9 @@ def test_every_figure_from_the_texts_alone(measured):
 
 def test_the_same_model_gives_the_same_figures(measured):
     """Before and after are paired: same prompts, same seed."""
-    _, figures, rows, again = measured
+    _, figures, rows, again, other_seed = measured
     assert (figures, rows) == again
+    assert rows != other_seed[1]
 
 
 def test_distinct_n_by_hand():

@@ -96,8 +96,14 @@ def test_every_log_probability_is_at_the_temperature(loop, policy):
     assert (stats["ratio_max"][0] - 1).abs() <= 1e-9
 
 
-def test_an_update_is_what_it_would_be_by_hand(loop, policy):
-    """Two steps of plain gradient descent, with a setting of its own for each part."""
+@pytest.mark.parametrize("scaling", [False, True])
+def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling):
+    """Two steps of plain gradient descent, with a setting of its own for each part.
+
+    Loss scaling, which float16 needs, must not change them: the gradient is unscaled
+    before its norm is clipped.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
     settings = dataclasses.replace(
         SETTINGS,
         ppo_epochs=1,
@@ -113,7 +119,7 @@ def test_an_update_is_what_it_would_be_by_hand(loop, policy):
     by_hand = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(0)
-    stats = loop["ppo_update"](policy, optimizer, SCALER, rollout, settings, generator)
+    stats = loop["ppo_update"](policy, optimizer, scaler, rollout, settings, generator)
     assert 0 < stats["clip_fraction"][0] < 1
     assert 0 < stats["value_clip_fraction"][0] < 1
 
