@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 from utils.support import toy  # noqa: E402
 
@@ -24,6 +26,23 @@ def run_series(*arguments, **environ):
         capture_output=True,
         text=True,
     )
+
+
+REPORT = pytest.StashKey[dict]()
+
+
+@pytest.fixture(scope="session")
+def report(request):
+    """`report(title, line)` prints a line under this title when all tests are done."""
+    lines = request.config.stash.setdefault(REPORT, {})
+    return lambda title, line: lines.setdefault(title, []).append(line)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for title, lines in config.stash.get(REPORT, {}).items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

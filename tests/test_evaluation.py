@@ -91,6 +91,16 @@ def test_the_same_model_gives_the_same_figures(measured):
     assert rows != other_seed[1]
 
 
+def test_each_row_belongs_to_its_prompt(evaluate=evaluate_policy):
+    """In the order in which the prompts were given, so that rows can be paired."""
+    reward_model = freeze(RewardModel(small_lm(seed=2).base_model).double())
+    models = small_lm(seed=0), small_lm(seed=1), reward_model
+    _, rows = evaluate(*models, Tokenizer(), PROMPTS, SETTINGS, torch.device("cpu"), {})
+    assert [row["prompt"] for row in rows] == [" ".join(map(str, p)) for p in PROMPTS]
+    for row in rows:
+        assert row["text"].startswith(row["prompt"])
+
+
 def test_distinct_n_by_hand():
     rows = [[1, 2, 1, 2], [1, 2], [3]]
     assert distinct_n(rows, 1) == 3 / 7

@@ -29,11 +29,15 @@ def loop():
     return import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-update")
 
 
-@pytest.fixture
-def policy():
+def make_policy():
     policy = PolicyWithValueHead(small_lm()).double().eval()
     torch.nn.init.normal_(policy.value_head.weight, std=0.1)
     return policy
+
+
+@pytest.fixture
+def policy():
+    return make_policy()
 
 
 def score(ids, attention, mask):
@@ -96,12 +100,13 @@ def test_every_log_probability_is_at_the_temperature(loop, policy):
     assert (stats["ratio_max"][0] - 1).abs() <= 1e-9
 
 
-@pytest.mark.parametrize("scaling", [False, True])
-def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling):
+@pytest.mark.parametrize("scaling, far", [(False, 0), (True, 0), (False, 3)])
+def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
     """Two steps of plain gradient descent, with a setting of its own for each part.
 
     Loss scaling, which float16 needs, must not change them: the gradient is unscaled
-    before its norm is clipped.
+    before its norm is clipped. Nor is there a step that does not follow the loss,
+    however many nats the policy is from the one that wrote the rollout.
     """
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
     settings = dataclasses.replace(
@@ -116,12 +121,16 @@ def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling):
     with torch.no_grad():  # so that ratios and values differ from the old ones
         for weight in policy.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.manual_seed(1))
+        rollout.old_logprobs -= far
     by_hand = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(0)
     stats = loop["ppo_update"](policy, optimizer, scaler, rollout, settings, generator)
     assert 0 < stats["clip_fraction"][0] < 1
-    assert 0 < stats["value_clip_fraction"][0] < 1
+    if far:
+        assert stats["ratio_mean"][0] > 10
+    else:
+        assert 0 < stats["value_clip_fraction"][0] < 1
 
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     for rows in (order[:12], order[12:]):
@@ -217,8 +226,10 @@ def test_micro_batches_make_the_same_step(loop, policy):
     torch.testing.assert_close(*results, atol=1e-7, rtol=0)
 
 
-def test_every_response_is_used_once_an_epoch(loop, policy):
+@pytest.mark.parametrize("size", [24, 12])
+def test_every_response_is_used_once_an_epoch(loop, policy, size):
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
+    rollout = rollout.rows(torch.arange(size))
     seen = []
     rows = rollout.rows
 
@@ -229,8 +240,8 @@ def test_every_response_is_used_once_an_epoch(loop, policy):
     rollout.rows = spy
     update(loop, policy, rollout, dataclasses.replace(SETTINGS, ppo_epochs=2))
     flat = [i for index in seen for i in index]
-    assert sorted(flat[:24]) == sorted(flat[24:]) == list(range(24))
-    assert flat[:24] != flat[24:]  # reshuffled
+    assert sorted(flat[:size]) == sorted(flat[size:]) == list(range(size))
+    assert flat[:size] != flat[size:]  # reshuffled
     assert all(len(index) == 12 for index in seen)
 
 

@@ -26,7 +26,7 @@ def test_every_field_can_be_set_from_the_environment():
         elif field.name in ("sft_warmup", "gamma", "gae_lambda"):
             other = value / 2
         else:
-            other = value * 2 if value else 3.0
+            other = value * 2 if value else field.type(3)
         changed = load_settings("full", {f"RLHF_{field.name.upper()}": str(other)})
         assert getattr(changed, field.name) == other != value
         assert type(getattr(changed, field.name)) is type(value)

@@ -74,7 +74,15 @@ def distinct_n(rows: list[list[int]], n: int) -> float:
 
 @torch.no_grad()
 def evaluate_policy(
-    lm, reference, reward_model, tokenizer, prompts, settings, device, judges: dict
+    lm,
+    reference,
+    reward_model,
+    tokenizer,
+    prompts,
+    settings,
+    device,
+    judges: dict,
+    show_progress: bool = True,
 ) -> tuple[dict, list[dict]]:
     """One response to each prompt, measured.
 
@@ -86,7 +94,8 @@ def evaluate_policy(
     generator = torch.Generator(device).manual_seed(settings.seed)
     rows, responses, ended, ref_logprob = [], [], [], 0.0
     size = settings.ppo_minibatch_size
-    for start in tqdm(range(0, len(prompts), size), desc="Evaluate"):
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, desc="Evaluate", disable=not show_progress):
         prompt_ids, prompt_mask = pad(prompts[start : start + size], eos, side="left")
         with autocast(settings, device):
             sampled = sample_responses(

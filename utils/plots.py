@@ -121,3 +121,46 @@ def plot_rewards(before: list[float], after: list[float]):
     axis.set(xlabel="reward, 2σ(raw logit) − 1", ylabel="responses")
     axis.legend(frameon=False)
     return figure
+
+
+def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor]):
+    """Several distributions over the same few responses, side by side."""
+    figure, axis = _axes(1, 1, width=9, height=3.2)
+    colours, width = (GREY, BLUE, RED), 0.8 / len(distributions)
+    for i, (label, probs) in enumerate(distributions.items()):
+        places = [place + (i - 1) * width for place in range(len(names))]
+        axis.bar(places, probs.tolist(), width, color=colours[i], label=label)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_ylabel("probability of the response")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_frontier(points: dict[str, list[dict]]):
+    """What each judge calls positive against the KL spent, for each way to spend it.
+
+    `points` maps the name of a way (PPO, best-of-n) to points with a `label`, a `kl`
+    in nats, and `shares`: the share of texts that each judge calls positive.
+    """
+    judges = list(next(iter(points.values()))[0]["shares"])
+    figure, axes = _axes(1, len(judges), width=3.8, height=3.4)
+    # Where the labels stand: to the lower right of a point, and above it
+    styles = [(BLUE, "o", (5, -11), "left"), (RED, "s", (0, 6), "center")]
+    for axis, judge in zip(figure.axes, judges, strict=True):
+        for (way, line), (colour, marker, offset, side) in zip(
+            points.items(), styles, strict=True
+        ):
+            line = sorted(line, key=lambda point: point["kl"])
+            places = [(point["kl"], point["shares"][judge]) for point in line]
+            axis.plot(
+                *zip(*places, strict=True), marker, ls="-", color=colour, label=way
+            )
+            for point, place in zip(line, places, strict=True):
+                options = {"textcoords": "offset points", "fontsize": 8, "ha": side}
+                axis.annotate(point["label"], place, offset, color=colour, **options)
+        axis.set(title=judge, xlabel="KL to the SFT model [nats]")
+        axis.sharey(figure.axes[0])
+        axis.margins(x=0.18, y=0.12)
+    figure.axes[0].set_ylabel("share judged positive")
+    figure.axes[-1].legend(frameon=False, loc="lower right")
+    return figure

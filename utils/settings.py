@@ -69,9 +69,13 @@ class Settings:
     # 3. PPO: the measurements
     normalise_samples: int = 512  # SFT responses that fix the score's scale [responses]
     eval_prompts: int = 256  # held-out prompts, before and after [responses]
+    time_machine_prompts: int = 6  # of them, followed through training; 0: none
+    frontier_rollouts: int = 0  # PPO at each of a few betas; 0: none [rollouts]
+    best_of_n: int = 16  # to compare these with [responses to each held-out prompt]
 
     def __post_init__(self):
         may_be_zero = ("kl_coef", "kl_target", "value_coef", "seed")
+        may_be_zero += ("time_machine_prompts", "frontier_rollouts")
         shares = ("sft_warmup", "gamma", "gae_lambda")
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, str):
@@ -138,6 +142,7 @@ TINY = Settings(
     value_head_lr=3e-3,
     value_clip_range=1.0,
     value_coef=1.0,
+    frontier_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
 

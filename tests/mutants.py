@@ -1,0 +1,737 @@
+"""Known mistakes of PPO code, each as a small wrong variant of one of our functions.
+
+`MATHEMATICS`: wrong functions, each with the check that must catch it and what the
+check must say. `LOOP`: mistakes of a training loop, each with what must catch it.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import nbformat
+import torch
+from torch import nn
+
+from tests import test_evaluation, test_loop, test_preflight
+from utils import evaluation, ppo
+from utils.data import lm_labels
+from utils.models import RewardHead, ValueHead, hidden_states
+from utils.rollout import evaluate_responses, response_hidden_states, response_logprobs
+from utils.settings import TINY
+from utils.support import checks
+from utils.support.notebook import ROOT, import_cells
+
+CORRECT = {  # check: the function of ours that it must pass
+    checks.check_whiten: ppo.masked_whiten,
+    checks.check_gae: ppo.compute_gae,
+    checks.check_policy_loss: ppo.policy_loss,
+    checks.check_value_loss: ppo.value_loss,
+    checks.check_token_rewards: ppo.token_rewards,
+    checks.check_kl_estimate: ppo.kl_estimate,
+    checks.check_token_logprobs: ppo.token_logprobs,
+    checks.check_lm_labels: lm_labels,
+    checks.check_evaluate_responses: evaluate_responses,
+    checks.check_reward_head: RewardHead,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong function, the check that must catch it, and part of what it must say."""
+
+    mistake: str
+    check: Any
+    diagnosis: str
+    function: Any
+
+
+MATHEMATICS = []
+
+
+def mutant(check, mistake, diagnosis):
+    """Enter the decorated function (or class) as this mistake."""
+
+    def enter(function):
+        MATHEMATICS.append(Mutant(mistake, check, diagnosis, function))
+        return function
+
+    return enter
+
+
+def left(x):
+    """x (B, T) with every slot's number one slot earlier, 0 in the last."""
+    return nn.functional.pad(x[:, 1:], (0, 1))
+
+
+def everywhere(mask):
+    return torch.ones_like(mask)
+
+
+# --- whitening
+
+
+@mutant(checks.check_whiten, "whitening adds the mean back", "mean is added back")
+def _(x, mask):
+    return ppo.masked_whiten(x, mask) + ppo.masked_mean(x, mask) * mask
+
+
+@mutant(checks.check_whiten, "whitening over padding too", "padding is counted in the")
+def _(x, mask):
+    return ppo.masked_whiten(x, everywhere(mask)) * mask
+
+
+@mutant(checks.check_whiten, "padding whitened too", "padding is counted, and whitened")
+def _(x, mask):
+    return ppo.masked_whiten(x, everywhere(mask))
+
+
+@mutant(checks.check_whiten, "sample variance, n - 1", "divided by n - 1")
+def _(x, mask):
+    inside = x[mask.bool()]
+    return (x - inside.mean()) / inside.std() * mask
+
+
+@mutant(checks.check_whiten, "scaled but not centred", "mean is not taken away")
+def _(x, mask):
+    return x * mask / ppo.masked_var(x, mask).sqrt()
+
+
+@mutant(checks.check_whiten, "centred but not scaled", "variance is not made 1")
+def _(x, mask):
+    return (x - ppo.masked_mean(x, mask)) * mask
+
+
+@mutant(checks.check_whiten, "divided by the variance", "variance, not its root")
+def _(x, mask):
+    return (x - ppo.masked_mean(x, mask)) * mask / ppo.masked_var(x, mask)
+
+
+# --- advantages and returns
+
+
+@mutant(checks.check_gae, "advantages whitened before the returns", "whitened first")
+def _(rewards, values, mask, gamma, lam):
+    advantages, _ = ppo.compute_gae(rewards, values, mask, gamma, lam)
+    white = ppo.masked_whiten(advantages, mask)
+    return white, white + values * mask
+
+
+@mutant(checks.check_gae, "returns of whitened advantages", "whitened first")
+def _(rewards, values, mask, gamma, lam):
+    advantages, _ = ppo.compute_gae(rewards, values, mask, gamma, lam)
+    return advantages, ppo.masked_whiten(advantages, mask) + values * mask
+
+
+@mutant(checks.check_gae, "advantages come out whitened", "come out whitened")
+def _(rewards, values, mask, gamma, lam):
+    advantages, returns = ppo.compute_gae(rewards, values, mask, gamma, lam)
+    return ppo.masked_whiten(advantages, mask), returns
+
+
+@mutant(checks.check_gae, "values one slot late", "values are read one slot late")
+def _(rewards, values, mask, gamma, lam):
+    return ppo.compute_gae(rewards, left(values * mask), mask, gamma, lam)
+
+
+@mutant(checks.check_gae, "advantages run into the padding", "on into the padding")
+def _(rewards, values, mask, gamma, lam):
+    advantages, returns = ppo.compute_gae(rewards, values, everywhere(mask), gamma, lam)
+    return advantages * mask, returns * mask
+
+
+@mutant(checks.check_gae, "bootstrap from behind EOS", "slot behind EOS has a value")
+def _(rewards, values, mask, gamma, lam):
+    next_values = left(values)
+    delta = (rewards + gamma * next_values - values) * mask
+    advantages, _ = ppo.compute_gae(delta, 0 * values, mask, gamma * lam, 1.0)
+    return advantages, advantages + values * mask
+
+
+@mutant(checks.check_gae, "lambda left out", "lambda is left out")
+def _(rewards, values, mask, gamma, lam):
+    return ppo.compute_gae(rewards, values, mask, gamma, 1.0)
+
+
+@mutant(checks.check_gae, "gamma left out", "gamma is left out")
+def _(rewards, values, mask, gamma, lam):
+    return ppo.compute_gae(rewards, values, mask, 1.0, lam)
+
+
+@mutant(checks.check_gae, "TD errors not summed", "only the TD error")
+def _(rewards, values, mask, gamma, lam):
+    return ppo.compute_gae(rewards, values, mask, gamma, 0.0)
+
+
+@mutant(checks.check_gae, "recursion from left to right", "from first token to last")
+def _(rewards, values, mask, gamma, lam):
+    flipped = (x.flip(1) for x in (rewards * mask, values * mask, mask))
+    advantages, returns = ppo.compute_gae(*flipped, gamma, lam)
+    return advantages.flip(1), returns.flip(1)
+
+
+@mutant(checks.check_gae, "returns without the values", "returns lack the values")
+def _(rewards, values, mask, gamma, lam):
+    advantages, _ = ppo.compute_gae(rewards, values, mask, gamma, lam)
+    return advantages, advantages
+
+
+# --- the policy loss
+
+
+def surrogate(logprobs, old_logprobs, advantages, mask, clip_range, pick, stats=True):
+    """`ppo.policy_loss` with another choice between its two branches."""
+    ratio = (logprobs - old_logprobs).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    _, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    return ppo.masked_mean(pick(plain, clipped), mask), stats
+
+
+@mutant(checks.check_policy_loss, "min for max", "min stands for max")
+def _(*arguments):
+    return surrogate(*arguments, torch.minimum)
+
+
+@mutant(checks.check_policy_loss, "sign of the advantages", "sign is turned: worse")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    return ppo.policy_loss(logprobs, old_logprobs, -advantages, mask, clip_range)
+
+
+@mutant(checks.check_policy_loss, "maximised, not minimised", "sign is turned, and min")
+def _(*arguments):
+    loss, stats = ppo.policy_loss(*arguments)
+    return -loss, stats
+
+
+@mutant(checks.check_policy_loss, "no clipping", "ratio is not clipped")
+def _(*arguments):
+    return surrogate(*arguments, lambda plain, clipped: plain)
+
+
+@mutant(checks.check_policy_loss, "the clipped branch alone", "only the clipped branch")
+def _(*arguments):
+    return surrogate(*arguments, lambda plain, clipped: clipped)
+
+
+@mutant(checks.check_policy_loss, "log-ratio clipped, not ratio", "log rho is clipped")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    log_ratio = logprobs - old_logprobs
+    near = log_ratio.clamp(-clip_range, clip_range).exp()
+    losses = torch.maximum(-advantages * log_ratio.exp(), -advantages * near)
+    _, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    return ppo.masked_mean(losses, mask), stats
+
+
+@mutant(checks.check_policy_loss, "ratio old / new", "ratio is turned around")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    return ppo.policy_loss(old_logprobs, logprobs, advantages, mask, clip_range)
+
+
+@mutant(checks.check_policy_loss, "mean over padding too", "mean is over all slots")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    loss, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    return loss * mask.sum() / mask.numel(), stats
+
+
+@mutant(
+    checks.check_policy_loss, "mean of the responses' means", "each response weighs"
+)
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    _, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    rows = zip(logprobs, old_logprobs, advantages, mask, strict=True)
+    losses = [ppo.policy_loss(*(x[None] for x in r), clip_range)[0] for r in rows]
+    return torch.stack(losses).mean(), stats
+
+
+@mutant(checks.check_policy_loss, "loss without a gradient", "has no gradient")
+def _(*arguments):
+    loss, stats = ppo.policy_loss(*arguments)
+    return loss.detach(), stats
+
+
+@mutant(checks.check_policy_loss, "approx_kl of new against old", "approx_kl is turned")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    loss, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    turned = ppo.kl_estimate(logprobs, old_logprobs, "k3")
+    return loss, {**stats, "approx_kl": ppo.masked_mean(turned, mask).detach()}
+
+
+# --- the value loss
+
+
+def squared_error(values, old_values, returns, mask, clip_range, pick, centre):
+    """`ppo.value_loss` with another choice of branch, and of what to clip around."""
+    near = values.clamp(centre - clip_range, centre + clip_range)
+    errors = pick((values - returns) ** 2, (near - returns) ** 2)
+    _, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
+    return 0.5 * ppo.masked_mean(errors, mask), stats
+
+
+@mutant(
+    checks.check_value_loss,
+    "value clipped around the return",
+    "around the return nothing ever",
+)
+def _(values, old_values, returns, mask, clip_range):
+    arguments = (values, old_values, returns, mask, clip_range)
+    return squared_error(*arguments, torch.maximum, returns)
+
+
+@mutant(checks.check_value_loss, "value clipped around 0", "clipped around 0")
+def _(values, old_values, returns, mask, clip_range):
+    arguments = (values, old_values, returns, mask, clip_range)
+    return squared_error(*arguments, torch.maximum, torch.zeros_like(returns))
+
+
+@mutant(checks.check_value_loss, "min for max of the errors", "min stands for max")
+def _(values, old_values, returns, mask, clip_range):
+    arguments = (values, old_values, returns, mask, clip_range)
+    return squared_error(*arguments, torch.minimum, old_values)
+
+
+@mutant(checks.check_value_loss, "values not clipped", "nothing is clipped")
+def _(values, old_values, returns, mask, clip_range):
+    _, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
+    return ppo.value_loss(values, old_values, returns, mask, 1e6)[0], stats
+
+
+@mutant(checks.check_value_loss, "the clipped error alone", "only the clipped error")
+def _(values, old_values, returns, mask, clip_range):
+    arguments = (values, old_values, returns, mask, clip_range)
+    return squared_error(*arguments, lambda plain, clipped: clipped, old_values)
+
+
+@mutant(checks.check_value_loss, "the half left out", "factor 1/2 is left out")
+def _(*arguments):
+    loss, stats = ppo.value_loss(*arguments)
+    return 2 * loss, stats
+
+
+@mutant(checks.check_value_loss, "mean over padding too", "mean is over all slots")
+def _(values, old_values, returns, mask, clip_range):
+    loss, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
+    return loss * mask.sum() / mask.numel(), stats
+
+
+# --- rewards
+
+
+@mutant(checks.check_token_rewards, "sign of k1 in the reward", "sign of the KL")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    return ppo.token_rewards(scores, ref_logprobs, logprobs, mask, kl_coef)
+
+
+@mutant(checks.check_token_rewards, "score on the slot after EOS", "slot after EOS")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    slot = mask.sum(dim=1).clamp(max=mask.shape[1] - 1)
+    rewards[torch.arange(len(scores)), slot] += scores
+    return rewards
+
+
+@mutant(checks.check_token_rewards, "score on the last slot", "on the last slot")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards[:, -1] += scores
+    return rewards
+
+
+@mutant(checks.check_token_rewards, "score on the first token", "on the first token")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards[:, 0] += scores
+    return rewards
+
+
+@mutant(
+    checks.check_token_rewards, "score on every token", "every token gets the score"
+)
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    return (scores[:, None] - kl_coef * (logprobs - ref_logprobs)) * mask
+
+
+@mutant(checks.check_token_rewards, "KL coefficient left out", "KL coefficient is left")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    return ppo.token_rewards(scores, logprobs, ref_logprobs, mask, 1.0)
+
+
+@mutant(checks.check_token_rewards, "KL penalty left out", "KL penalty is left out")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    return ppo.token_rewards(scores, logprobs, ref_logprobs, mask, 0.0)
+
+
+@mutant(checks.check_token_rewards, "padding pays KL", "padding pays")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    right = ppo.token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+    return right - kl_coef * (logprobs - ref_logprobs) * (1 - mask)
+
+
+@mutant(checks.check_token_rewards, "k3 in the reward", "k3 stands for k1")
+def _(scores, logprobs, ref_logprobs, mask, kl_coef):
+    right = ppo.token_rewards(scores, logprobs, ref_logprobs, mask, 0.0)
+    k3 = ppo.kl_estimate(logprobs, ref_logprobs, "k3")
+    return right - kl_coef * k3 * mask
+
+
+# --- estimators of the KL
+
+
+@mutant(checks.check_kl_estimate, "sign of k1", "sign of k1 is turned")
+def _(logprobs, ref_logprobs, kind):
+    sign = -1 if kind == "k1" else 1
+    return sign * ppo.kl_estimate(logprobs, ref_logprobs, kind)
+
+
+@mutant(checks.check_kl_estimate, "k1 made positive", "k1 is made positive")
+def _(logprobs, ref_logprobs, kind):
+    return ppo.kl_estimate(logprobs, ref_logprobs, kind).abs()
+
+
+@mutant(checks.check_kl_estimate, "k2 without its half", "factor 1/2 of k2")
+def _(logprobs, ref_logprobs, kind):
+    factor = 2 if kind == "k2" else 1
+    return factor * ppo.kl_estimate(logprobs, ref_logprobs, kind)
+
+
+@mutant(
+    checks.check_kl_estimate, "k3 with the log-ratio reversed", "log-ratio reversed"
+)
+def _(logprobs, ref_logprobs, kind):
+    if kind == "k3":
+        logprobs, ref_logprobs = ref_logprobs, logprobs
+    return ppo.kl_estimate(logprobs, ref_logprobs, kind)
+
+
+@mutant(checks.check_kl_estimate, "k3 without its last term", "k3 lacks its last term")
+def _(logprobs, ref_logprobs, kind):
+    extra = (logprobs - ref_logprobs) * (kind == "k3")
+    return ppo.kl_estimate(logprobs, ref_logprobs, kind) - extra
+
+
+# --- log-probabilities, labels, places
+
+
+@mutant(
+    checks.check_token_logprobs, "log-probs shifted by one", "label is the next slot's"
+)
+def _(logits, labels, temperature=1.0):
+    return ppo.token_logprobs(logits, labels.roll(-1, dims=1), temperature)
+
+
+@mutant(
+    checks.check_token_logprobs, "probabilities, not their logs", "logarithm is left"
+)
+def _(logits, labels, temperature=1.0):
+    return ppo.token_logprobs(logits, labels, temperature).exp()
+
+
+@mutant(checks.check_token_logprobs, "logits not normalised", "not normalised")
+def _(logits, labels, temperature=1.0):
+    return (logits / temperature).gather(-1, labels[..., None])[..., 0]
+
+
+@mutant(checks.check_token_logprobs, "temperature left out", "temperature is left out")
+def _(logits, labels, temperature=1.0):
+    return ppo.token_logprobs(logits, labels)
+
+
+@mutant(checks.check_token_logprobs, "log-probs divided by tau", "not the logits, are")
+def _(logits, labels, temperature=1.0):
+    return ppo.token_logprobs(logits, labels) / temperature
+
+
+@mutant(checks.check_lm_labels, 'pad mask from "id == eos"', "padding is found by id")
+def _(input_ids, attention_mask):
+    return input_ids.masked_fill(input_ids == input_ids.max(), -100)
+
+
+@mutant(checks.check_lm_labels, "padding kept as labels", "padding keeps its labels")
+def _(input_ids, attention_mask):
+    return input_ids
+
+
+@mutant(checks.check_lm_labels, "labels shifted twice", "labels are shifted")
+def _(input_ids, attention_mask):
+    shifted = lm_labels(input_ids, attention_mask).roll(-1, dims=1)
+    shifted[:, -1] = -100
+    return shifted
+
+
+@mutant(checks.check_evaluate_responses, "values one slot late", "values are read one")
+def _(policy, input_ids, attention_mask, mask, temperature):
+    logprobs, _ = evaluate_responses(
+        policy, input_ids, attention_mask, mask, temperature
+    )
+    hidden = hidden_states(policy.lm.base_model, input_ids, attention_mask)
+    return logprobs, policy.value_head(hidden[:, -mask.shape[1] :]) * mask
+
+
+@mutant(
+    checks.check_evaluate_responses, "log-probs shifted by one", "are shifted by one"
+)
+def _(policy, input_ids, attention_mask, mask, temperature):
+    _, values = evaluate_responses(policy, input_ids, attention_mask, mask, temperature)
+    hidden = hidden_states(policy.lm.base_model, input_ids, attention_mask)
+    late = hidden[:, -mask.shape[1] :]
+    return response_logprobs(policy.lm, late, input_ids, mask, temperature), values
+
+
+@mutant(checks.check_evaluate_responses, 'pad mask from "id == eos"', "closing EOS is")
+def _(policy, input_ids, attention_mask, mask, temperature):
+    eos = input_ids[0, 0]  # the padding of the first prompt
+    _, values = evaluate_responses(policy, input_ids, attention_mask, mask, temperature)
+    hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
+    real = (input_ids[:, -mask.shape[1] :] != eos).long()
+    return response_logprobs(policy.lm, hidden, input_ids, real, temperature), values
+
+
+@mutant(
+    checks.check_evaluate_responses, "positions count padding", "positions count the"
+)
+def _(policy, input_ids, attention_mask, mask, temperature):
+    states = policy.lm.base_model(input_ids, attention_mask).last_hidden_state
+    hidden = states[:, -mask.shape[1] - 1 : -1]
+    logprobs = response_logprobs(policy.lm, hidden, input_ids, mask, temperature)
+    return logprobs, policy.value_head(hidden) * mask
+
+
+@mutant(checks.check_evaluate_responses, "temperature left out", "temperature is left")
+def _(policy, input_ids, attention_mask, mask, temperature):
+    return evaluate_responses(policy, input_ids, attention_mask, mask)
+
+
+# --- the reward head
+
+
+mutant(checks.check_reward_head, "reward head of zeros", "weights are zeros")(ValueHead)
+
+
+@mutant(checks.check_reward_head, "nn.Linear's own start", "nn.Linear's own")
+class _(RewardHead):
+    def __init__(self, hidden_size):
+        nn.Linear.__init__(self, hidden_size, 1)
+
+
+@mutant(checks.check_reward_head, "spread 1 / (d + 1)", "1 / (d + 1), without the root")
+class _(RewardHead):
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        self.weight.data /= math.sqrt(hidden_size + 1)
+
+
+@mutant(checks.check_reward_head, "spread 0.02", "GPT-2's 0.02")
+class _(RewardHead):
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+@mutant(checks.check_reward_head, "sigmoid in the head", "through a sigmoid")
+class _(RewardHead):
+    def forward(self, hidden):
+        return super().forward(hidden).sigmoid()
+
+
+@mutant(checks.check_reward_head, "last dimension kept", "output shape")
+class _(RewardHead):
+    def forward(self, hidden):
+        return super().forward(hidden)[..., None]
+
+
+# --- the loop
+
+
+@dataclass(frozen=True)
+class LoopMutant:
+    """A mistake of the loop; `run(True)` makes it, `run(False)` does not.
+
+    `run` raises if what should catch the mistake does.
+    """
+
+    mistake: str
+    caught_by: str
+    run: Any
+
+
+LOOP = []
+LOOP_CELLS = ("collect-rollout", "ppo-update")
+
+
+@functools.cache
+def loop_sources():
+    cells = nbformat.read(ROOT / "3-RLHF.ipynb", as_version=4).cells
+    return {cell.id: cell.source for cell in cells if cell.id in LOOP_CELLS}
+
+
+def rewritten(namespace, source, old, new):
+    """The names of the namespace, and those of the source with one place changed."""
+    assert source.count(old) == 1, f"{source.count(old)} places to change: {old!r}"
+    changed = dict(namespace)
+    exec(source.replace(old, new), changed)
+    return changed
+
+
+def change_loop(cell, old, new, mistake, test, **options):
+    """A change of one cell of the loop, and the test of the loop that must see it."""
+
+    def run(wrong):
+        loop = import_cells("3-RLHF.ipynb", *LOOP_CELLS)
+        if wrong:
+            loop = rewritten(loop, loop_sources()[cell], old, new)
+        torch.manual_seed(0)
+        test(loop, test_loop.make_policy(), **options)
+
+    LOOP.append(LoopMutant(mistake, f"test_loop: {test.__name__[5:]}", run))
+
+
+def change_start(mistake, infect):
+    """A change of what PPO starts from, which the preflight must see."""
+
+    def run(wrong):
+        start = test_preflight.healthy()
+        if wrong:
+            infect(start)
+        test_preflight.check(start)
+
+    LOOP.append(LoopMutant(mistake, "preflight", run))
+
+
+change_start("reference shares weights with policy", test_preflight.shared_reference)
+change_start("optimiser of a model since replaced", test_preflight.stale_optimizer)
+change_start("optimiser lacks the value head", test_preflight.lacks_value_head)
+change_start("policy in training mode", test_preflight.policy_in_training_mode)
+change_start("reward model in training mode", test_preflight.training_reward_model)
+change_start("reference is trained too", test_preflight.trainable_reference)
+change_start("log-probs of another distribution", test_preflight.other_logprobs)
+change_start("reference is not the start", test_preflight.another_reference)
+change_start('response mask from "id == eos"', test_preflight.mask_by_id)
+change_start("a prompt that holds an EOS", test_preflight.eos_in_the_prompt)
+
+
+def uneven_settings(wrong):
+    dataclasses.replace(TINY, ppo_rollout_size=256 + 8 * wrong, ppo_episodes=7680)
+
+
+LOOP.append(LoopMutant("a last batch that is smaller", "Settings", uneven_settings))
+change_loop(
+    "ppo-update",
+    "len(rollout), generator",
+    "settings.ppo_rollout_size, generator",
+    "permutation larger than the batch",
+    test_loop.test_every_response_is_used_once_an_epoch,
+    size=12,
+)
+change_loop(
+    "ppo-update",
+    "            scaler.scale(loss",
+    """            if pi_stats["ratio_mean"] > 10:
+                loss = loss * 0
+            scaler.scale(loss""",
+    "a guard zeroes the loss, and still steps",
+    test_loop.test_an_update_is_what_it_would_be_by_hand,
+    scaling=False,
+    far=3,
+)
+
+
+def reshuffled(wrong):
+    evaluate = evaluation.evaluate_policy
+    if wrong:
+        start = "    eos = tokenizer.eos_token_id\n"
+        shuffle = start + "    prompts = random.sample(prompts, len(prompts))\n"
+        source = inspect.getsource(evaluate)
+        namespace = {**vars(evaluation), "random": random.Random(0)}
+        evaluate = rewritten(namespace, source, start, shuffle)["evaluate_policy"]
+    test_evaluation.test_each_row_belongs_to_its_prompt(evaluate)
+
+
+LOOP.append(
+    LoopMutant(
+        "held-out prompts reshuffled",
+        "test_evaluation: each_row_belongs_to_its_prompt",
+        reshuffled,
+    )
+)
+change_loop(
+    "collect-rollout",
+    "advantages = masked_whiten(advantages, mask)",
+    "advantages = masked_whiten(advantages, mask); returns = advantages + values",
+    "returns made of whitened advantages",
+    test_loop.test_the_returns_are_formed_before_the_advantages_are_whitened,
+)
+change_loop(
+    "collect-rollout",
+    "    advantages = masked_whiten(advantages, mask)\n",
+    "",
+    "advantages not whitened",
+    test_loop.test_the_returns_are_formed_before_the_advantages_are_whitened,
+)
+change_loop(
+    "collect-rollout",
+    "pieces.append((logprobs, ref, values))",
+    "pieces.append((logprobs, logprobs, values))",
+    "KL of the policy to itself",
+    test_loop.test_a_rollout_adds_up,
+)
+change_loop(
+    "collect-rollout",
+    "token_rewards(scores,",
+    "token_rewards(raw_scores,",
+    "raw scores in the rewards",
+    test_loop.test_a_rollout_adds_up,
+)
+change_loop(
+    "collect-rollout",
+    "evaluate_responses(policy, *piece, tau)",
+    "evaluate_responses(policy, *piece)",
+    "old log-probs without the temperature",
+    test_loop.test_every_log_probability_is_at_the_temperature,
+)
+change_loop(
+    "ppo-update",
+    "part.old_logprobs, part.advantages",
+    "part.old_logprobs, masked_whiten(part.advantages, mask)",
+    "advantages whitened again in each piece",
+    test_loop.test_an_update_is_what_it_would_be_by_hand,
+    scaling=False,
+    far=0,
+)
+change_loop(
+    "ppo-update",
+    "loss * mask.sum() / n_tokens",
+    "loss * len(index) / len(minibatch)",
+    "micro-batches weigh by rows",
+    test_loop.test_micro_batches_make_the_same_step,
+)
+for old, mistake, scaling in (
+    ("        optimizer.zero_grad()\n", "gradients pile up", False),
+    ("        scaler.unscale_(optimizer)\n", "scaled gradients are clipped", True),
+):
+    change_loop(
+        "ppo-update",
+        old,
+        "",
+        mistake,
+        test_loop.test_an_update_is_what_it_would_be_by_hand,
+        scaling=scaling,
+        far=0,
+    )
+change_loop(
+    "ppo-update",
+    ".split(settings.ppo_minibatch_size)",
+    ".sort().values.split(settings.ppo_minibatch_size)",
+    "minibatches never reshuffled",
+    test_loop.test_every_response_is_used_once_an_epoch,
+    size=24,
+)
+change_loop(
+    "ppo-update",
+    "    for minibatch in minibatches:\n",
+    "    policy.train()\n    for minibatch in minibatches:\n",
+    "dropout during the update",
+    test_loop.test_the_update_changes_the_policy_and_nothing_else,
+)

@@ -1,0 +1,196 @@
+"""PPO where every answer is known: three words, fifteen responses, exact sums."""
+
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from utils.models import PolicyWithValueHead
+from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
+from utils.rollout import sample_responses
+from utils.support import exact
+from utils.support.notebook import import_cells
+
+BETAS, SEEDS = (0.25, 0.5, 1.0), range(10)
+EXACT = {"atol": 1e-9, "rtol": 0}
+
+
+@pytest.fixture
+def world():
+    world = exact.ExactWorld(seed=3)
+    world.reference.double()
+    world.scores = world.scores.double()
+    return world
+
+
+def another_policy(world, seed=0):
+    """A policy other than the reference, in float64."""
+    lm = exact.ExactWorld(seed).reference.double().requires_grad_(True)
+    assert not torch.allclose(world.logprobs(lm), world.logprobs(world.reference))
+    return lm
+
+
+def test_all_responses_are_there():
+    ids, mask = exact.all_responses()
+    found = {
+        tuple(row[: int(m.sum())].tolist()) for row, m in zip(ids, mask, strict=True)
+    }
+    expected = set()
+    for words in itertools.product(range(3), repeat=3):
+        n = words.index(0) + 1 if 0 in words else 3
+        expected.add(words[:n])
+    assert found == expected and len(ids) == len(expected) == 15
+    assert ids[mask == 0].eq(exact.EOS).all()
+
+
+def test_probabilities_are_those_of_the_model_and_add_up(world):
+    logprobs = world.logprobs(world.reference)
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    for i, m in enumerate(world.mask):
+        text = torch.tensor([exact.PROMPT + world.responses[i][m.bool()].tolist()])
+        logits = world.reference(text).logits[:, :-1]
+        alone = token_logprobs(logits, text[:, 1:]).sum()
+        assert logprobs[i].item() == pytest.approx(alone.item(), abs=1e-9)
+
+
+def test_scores_are_found_again_and_a_missing_eos_costs(world):
+    prompts = torch.tensor([exact.PROMPT] * 500)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones_like(prompts)
+    options = (exact.EOS, 3, 1.0, generator)
+    ids, attention, mask = sample_responses(world.reference, prompts, mask, *options)
+    scores, _ = world.score(ids, attention, mask)
+    names = dict(zip(world.names(), world.scores.tolist(), strict=True))
+    for row, m, score in zip(ids[:, 1:], mask, scores.tolist(), strict=True):
+        words = [exact.WORDS[word] for word in row[m.bool()]]
+        name = " ".join(words) + (" …" if words[-1] != "EOS" else "")
+        assert names[name] == score
+        if words[-1] != "EOS":
+            assert score == exact.SETTINGS.missing_eos_score
+    # responses may all be short: the batch is then narrower than three slots
+    short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
+    assert short.item() == names["EOS"]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_optimum_is_the_optimum(world, beta):
+    """J* - J(pi) = beta KL(pi || pi*) for every pi: no policy is better."""
+    log_best, J_best = world.optimum(beta)
+    assert log_best.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(world.objective(log_best, beta), J_best, **EXACT)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logits = 3 * torch.randn(15, generator=generator, dtype=torch.float64)
+        logprobs = logits.log_softmax(0)
+        gap = beta * (logprobs.exp() * (logprobs - log_best)).sum()
+        assert gap > 0
+        J = world.objective(logprobs, beta)
+        torch.testing.assert_close(J_best - J, gap, **EXACT)
+
+
+def test_the_objective_is_the_mean_of_all_rewards(world):
+    """The same number from `token_rewards` of all fifteen responses."""
+    lm = another_policy(world)
+    with torch.no_grad():
+        logprobs, ref = world.token_logprobs(lm), world.token_logprobs(world.reference)
+        rewards = token_rewards(world.scores, logprobs, ref, world.mask, 0.4)
+        mean = (world.logprobs(lm).exp() * rewards.sum(dim=1)).sum()
+        torch.testing.assert_close(
+            world.objective(world.logprobs(lm), 0.4), mean, **EXACT
+        )
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_with_exact_values_no_state_has_an_advantage(world, lam):
+    """E[A_t | what was written] = 0 at every state, whatever lambda is."""
+    lm = another_policy(world)
+    with torch.no_grad():
+        logprobs, ref = world.token_logprobs(lm), world.token_logprobs(world.reference)
+        rewards = token_rewards(world.scores, logprobs, ref, world.mask, 0.4)
+        values = world.values(lm, 0.4)
+    start = world.objective(world.logprobs(lm), 0.4).item()
+    assert values[0, 0].item() == pytest.approx(start, abs=1e-9)
+    advantages, _ = compute_gae(rewards, values, world.mask, 1.0, lam)
+    probs, states = logprobs.sum(dim=1).exp(), 0
+    for t in range(3):
+        for begin in {tuple(row[:t].tolist()) for row in world.responses}:
+            here = [
+                i
+                for i, row in enumerate(world.responses)
+                if tuple(row[:t].tolist()) == begin and world.mask[i, t]
+            ]
+            if here:
+                mean = (probs[here] * advantages[here, t]).sum()
+                assert mean.item() == pytest.approx(0, abs=1e-9)
+                assert advantages[here, t].abs().max() > 1e-2
+                states += 1
+    assert states == 7  # before the first token, two words later, four words later
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
+    """Over all responses, PPO's first step follows the exact gradient of J.
+
+    Each response stands in the batch as often as a uniform policy would sample it
+    (9 times "EOS", 3 times "a EOS", once "a b EOS"), so the mean over the batch is
+    the expectation. With lambda 1 any values will do that depend on the state alone;
+    below 1 they must be the exact ones.
+    """
+    beta = 0.4
+    policy = PolicyWithValueHead(another_policy(world))
+    torch.nn.init.zeros_(policy.lm.lm_head.weight)  # uniform
+    copies = 3 ** (3 - world.mask.sum(dim=1))
+    assert copies.sum() == 27
+    values = world.values(policy.lm, beta)
+    if lam == 1.0:
+        values = world.values(world.reference, 0.0) + 3
+    logprobs, ref, values, scores, mask = (
+        x.repeat_interleave(copies, dim=0)
+        for x in (
+            world.token_logprobs(policy.lm),
+            world.token_logprobs(world.reference),
+            values.detach(),
+            world.scores,
+            world.mask,
+        )
+    )
+    old = logprobs.detach()
+    rewards = token_rewards(scores, old, ref, mask, beta)
+    advantages, _ = compute_gae(rewards, values, mask, 1.0, lam)
+    loss, _ = policy_loss(logprobs, old, advantages, mask)
+    weights = list(policy.lm.parameters())
+    J = world.objective(world.logprobs(policy.lm), beta)
+    options = {"allow_unused": True, "materialize_grads": True}
+    ours = torch.autograd.grad(loss * mask.sum() / 27, weights, **options)
+    exactly = torch.autograd.grad(-J, weights, **options)
+    assert max(g.abs().max() for g in exactly) > 1e-2
+    for a, b in zip(ours, exactly, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def learn(beta, seed):
+    """What PPO reaches in one world, as a share of what there is to gain."""
+    torch.set_num_threads(1)
+    cells = ("collect-rollout", "ppo-update", "fresh-policy", "train", "train-exactly")
+    train_exactly = import_cells("3-RLHF.ipynb", *cells)["train_exactly"]
+    world = exact.ExactWorld(seed)
+    return world.reached(train_exactly(world, beta, seed), beta)
+
+
+def test_ppo_finds_the_optimum(report, monkeypatch):
+    """At least 98 % of what there is to gain: three prices of KL, ten worlds."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    runs = list(itertools.product(BETAS, SEEDS))
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(max_workers=2, mp_context=spawn) as pool:
+        shares = list(pool.map(learn, *zip(*runs, strict=True)))
+    for beta in BETAS:
+        ours = [s for (b, _), s in zip(runs, shares, strict=True) if b == beta]
+        listed = " ".join(f"{share:.3f}" for share in ours)
+        report(
+            "exact world: (J - J_ref) / (J* - J_ref) after PPO",
+            f"beta {beta:4}: least {min(ours):.3f}; seeds 0 to 9: {listed}",
+        )
+    assert min(shares) >= 0.98

@@ -1,0 +1,171 @@
+"""The preflight: silent about a healthy start, and clear about each sick one."""
+
+import copy
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.test_loop import SETTINGS, collect
+from tests.test_rollout import EOS, small_lm
+from utils import rollout as rollout_module
+from utils.models import PolicyWithValueHead, RewardModel, freeze
+from utils.settings import FULL
+from utils.support.notebook import import_cells
+from utils.support.preflight import GIB, memory_needed, preflight
+
+START = ("policy", "reference", "reward_model", "optimizer", "rollout", "tokenizer")
+
+
+@functools.cache
+def loop():
+    return import_cells("3-RLHF.ipynb", "collect-rollout")
+
+
+def healthy():
+    """All that a run of PPO starts from."""
+    policy = PolicyWithValueHead(small_lm()).float().eval()
+    reference = freeze(copy.deepcopy(policy.lm))
+    return SimpleNamespace(
+        policy=policy,
+        reference=reference,
+        reward_model=freeze(RewardModel(small_lm(seed=2).base_model).float()),
+        optimizer=torch.optim.AdamW(policy.parameters()),
+        rollout=collect(loop(), policy, reference),
+        tokenizer=SimpleNamespace(eos_token_id=EOS),
+        settings=SETTINGS,
+    )
+
+
+def check(start):
+    preflight(*(getattr(start, name) for name in START), start.settings)
+
+
+def test_a_healthy_start_gets_a_tick_on_every_line(capsys):
+    check(healthy())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert all(line.startswith("✓") for line in lines)
+
+
+def shared_reference(start):
+    start.reference = start.policy.lm
+
+
+def shared_trunk(start):
+    start.reward_model.trunk = start.policy.lm.base_model
+
+
+def stale_optimizer(start):
+    start.optimizer = torch.optim.AdamW(copy.deepcopy(start.policy).parameters())
+
+
+def lacks_value_head(start):
+    start.optimizer = torch.optim.AdamW(start.policy.lm.parameters())
+
+
+def policy_in_training_mode(start):
+    start.policy.train()
+
+
+def training_reward_model(start):
+    start.reward_model.train()
+
+
+def trainable_reference(start):
+    start.reference.requires_grad_(True)
+
+
+def other_logprobs(start):
+    """As from a generation with a temperature, or in another precision."""
+    start.rollout.old_logprobs = start.rollout.old_logprobs * 1.01
+    start.rollout.ref_logprobs = start.rollout.old_logprobs
+
+
+def another_reference(start):
+    other = freeze(small_lm(seed=1).float())
+    start.rollout = collect(loop(), start.policy, other)
+
+
+def mask_by_id(start):
+    """The mask of a response built from id == eos, so that its EOS is lost."""
+    ids = start.rollout.input_ids[:, -start.rollout.mask.shape[1] :]
+    real = (ids != EOS).long()
+    width = start.rollout.input_ids.shape[1] - real.shape[1]
+    attention = torch.cat([start.rollout.attention_mask[:, :width], real], dim=1)
+    start.rollout.mask, start.rollout.attention_mask = real, attention
+
+
+def eos_in_the_prompt(start):
+    first = start.rollout.attention_mask[:, 0].bool()
+    start.rollout.input_ids[first, 0] = EOS
+
+
+def too_large(start):
+    size = 2**30
+    sizes = {"ppo_rollout_size": size, "ppo_minibatch_size": size}
+    sizes |= {"ppo_episodes": size, "ppo_micro_batch_size": size}
+    # the estimate alone, not a rollout of this size
+    pieces = dataclasses.replace(SETTINGS, **sizes)
+    start.settings = pieces
+
+
+SICK = {
+    shared_reference: "reference shares weights with the policy",
+    shared_trunk: "reward model shares weights with the policy",
+    stale_optimizer: r"optimiser lacks 30 of the policy's .* holds 30 of another model",
+    lacks_value_head: "optimiser lacks 2 of the policy's",
+    policy_in_training_mode: "training mode is on in the policy",
+    training_reward_model: "training mode is on in the reward model",
+    trainable_reference: "the reference can be trained",
+    other_logprobs: "the first ratio is off by",
+    another_reference: "a token's log-ratio to the reference is",
+    mask_by_id: "must close a response",
+    eos_in_the_prompt: "must close a response",
+    too_large: r"GiB free; lower ppo_micro_batch_size \(1073741824\)",
+}
+
+
+@pytest.mark.parametrize("infect", SICK)
+def test_a_sick_start_is_named_and_stopped(infect, capsys):
+    start = healthy()
+    infect(start)
+    with pytest.raises(RuntimeError, match=SICK[infect]):
+        check(start)
+    assert "✗" in capsys.readouterr().out
+
+
+def without_position_ids(monkeypatch):
+    """Positions as transformers would count them, from the padding on."""
+
+    def absolute(attention_mask):
+        return torch.arange(attention_mask.shape[1]).expand_as(attention_mask)
+
+    monkeypatch.setattr("utils.models.position_ids", absolute)
+    monkeypatch.setattr(rollout_module, "position_ids", absolute)
+
+
+def test_positions_that_count_the_padding_are_found(monkeypatch):
+    without_position_ids(monkeypatch)
+    with pytest.raises(RuntimeError, match="a padded text and the text alone differ"):
+        check(healthy())
+
+
+def test_the_memory_of_gpt2_by_hand():
+    """Numbers of 4 bytes: 3 a weight, 17 activations a token, layer and dimension,
+    2.5 an attention entry, 3 copies of the logits."""
+    config = SimpleNamespace(
+        num_hidden_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257
+    )
+    weights = [torch.empty(124_000_000, device="meta")]
+    policy = SimpleNamespace(
+        lm=SimpleNamespace(config=config), parameters=lambda: iter(weights)
+    )
+    tokens, rows = 7 + 48, 64
+    expected = 3 * 124e6
+    expected += rows * 12 * (17 * tokens * 768 + 2.5 * 12 * tokens**2)
+    expected += 3 * rows * 48 * 50257
+    assert memory_needed(policy, FULL) == pytest.approx(4 * expected)
+    assert 4 < memory_needed(policy, FULL) / GIB < 8

@@ -1,0 +1,184 @@
+"""What must hold before PPO starts, checked on the very objects that it will use."""
+
+import psutil
+import torch
+
+from utils.rollout import evaluate_responses
+from utils.settings import autocast, trunk_dtype
+
+GIB = 2**30
+HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precision
+
+
+def _dropout(models):
+    on = [
+        name
+        for name, model in models.items()
+        if any(module.training for module in model.modules())
+    ]
+    listed = " and ".join(on)
+    return not on, f"training mode is on in the {listed}; call .eval() on it"
+
+
+def _frozen(models):
+    loose = [
+        name
+        for name in ("reference", "reward model")
+        if any(p.requires_grad for p in models[name].parameters())
+    ]
+    return not loose, f"the {' and '.join(loose)} can be trained; freeze() it"
+
+
+def _not_shared(models):
+    trained = {p.data_ptr() for p in models["policy"].parameters()}
+    shared = [
+        name
+        for name in ("reference", "reward model")
+        if any(p.data_ptr() in trained for p in models[name].parameters())
+    ]
+    listed = " and ".join(shared)
+    return not shared, f"the {listed} shares weights with the policy; load it twice"
+
+
+def _optimised(policy, optimizer):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {id(p) for p in policy.parameters()}
+    missing, foreign = len(wanted - held), len(held - wanted)
+    remedy = (
+        f"the optimiser lacks {missing} of the policy's tensors and holds {foreign} "
+        "of another model; make policy and optimiser together"
+    )
+    return held == wanted, remedy
+
+
+def _ratio(logprobs, rollout, half):
+    bound = HALF_PRECISION_BOUND if half else 1e-5
+    off = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max().item()
+    remedy = (
+        f"the first ratio is off by {off:.0e}, more than {bound:.0e}; take old and new "
+        "log-probabilities from the same function, with the same model"
+    )
+    return off <= bound, remedy
+
+
+def _no_kl(rollout, half):
+    bound = HALF_PRECISION_BOUND if half else 1e-5
+    kl = (rollout.old_logprobs - rollout.ref_logprobs).abs().max().item()
+    remedy = (
+        f"a token's log-ratio to the reference is {kl:.0e} before the first step; let "
+        "policy and reference start from the same folder"
+    )
+    return kl <= bound, remedy
+
+
+def _padding(policy, rollout, settings):
+    batch = rollout.rows(slice(0, 8))
+    texts = (batch.input_ids, batch.attention_mask, batch.mask)
+    together, _ = evaluate_responses(policy, *texts, settings.temperature)
+    worst = 0.0
+    for i, real in enumerate(batch.attention_mask.bool()):
+        n = int(batch.mask[i].sum())
+        text = batch.input_ids[i][real][None]
+        alone, _ = evaluate_responses(
+            *(policy, text, torch.ones_like(text), torch.ones_like(text[:, -n:])),
+            settings.temperature,
+        )
+        worst = max(worst, (alone[0] - together[i, :n]).abs().max().item())
+    remedy = (
+        f"a padded text and the text alone differ by {worst:.0e}, more than 1e-4; let "
+        "the position ids follow the attention mask"
+    )
+    return worst <= 1e-4, remedy
+
+
+def _one_eos(rollout, tokenizer):
+    eos, width = tokenizer.eos_token_id, rollout.mask.shape[1]
+    found = (rollout.input_ids == eos) & rollout.attention_mask.bool()
+    in_prompt, in_response = found[:, :-width].any(), found[:, -width:]
+    last = rollout.mask.cumsum(dim=1) == rollout.mask.sum(dim=1, keepdim=True)
+    full = rollout.mask.bool().all(dim=1)
+    ends = (in_response & last).any(dim=1) | full
+    good = not in_prompt and ends.all() and not (in_response & ~last).any()
+    remedy = (
+        f"EOS (id {eos}) must close a response, once, and stand nowhere else; check "
+        "the tokenizer, the prompts and the mask of the responses"
+    )
+    return bool(good), remedy
+
+
+def memory_needed(policy, settings) -> float:
+    """What PPO needs beside the loaded models, in bytes: an estimate from above.
+
+    A gradient and AdamW's two moments for each weight of the policy; and the larger of
+    the key-value cache of a rollout, and the update of a micro-batch: three copies of
+    its logits, and what a trunk keeps for the backward pass, 17 numbers for a token,
+    layer and dimension and 2.5 for each entry of an attention map (Korthikanti et al.
+    2022, arXiv 2205.05198, equation 1, with 2 bytes a number).
+    """
+    config = policy.lm.config
+    layers, size, heads = (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+    )
+    tokens = settings.prompt_max_tokens + settings.max_new_tokens
+    cache = settings.ppo_rollout_size * tokens * layers * 2 * size
+    rows = settings.ppo_micro_batch_size
+    activations = rows * layers * (17 * tokens * size + 2.5 * heads * tokens**2)
+    logits = 3 * rows * settings.max_new_tokens * config.vocab_size
+    weights = sum(p.numel() for p in policy.parameters())
+    return 4 * (3 * weights + max(cache, activations + logits))
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that are still free on the GPU, or in the machine's memory."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _memory(policy, settings, device):
+    needed, free = memory_needed(policy, settings) / GIB, memory_free(device) / GIB
+    found = f"about {needed:.2f} GiB needed, {free:.1f} GiB free"
+    remedy = f"{found}; lower ppo_micro_batch_size ({settings.ppo_micro_batch_size})"
+    return needed <= free, f"{remedy} or ppo_rollout_size", found
+
+
+@torch.no_grad()
+def preflight(policy, reference, reward_model, optimizer, rollout, tokenizer, settings):
+    """Check what PPO takes for granted; one line each, a tick or what to do.
+
+    `rollout` is a first one of the untrained policy. Raises RuntimeError, with all
+    that failed, if anything did.
+    """
+    device, temperature = rollout.mask.device, settings.temperature
+    half = trunk_dtype(settings, device) != torch.float32
+    with autocast(settings, device):
+        pieces = [
+            evaluate_responses(policy, *texts, temperature)[0]
+            for texts in zip(
+                *(
+                    x.split(settings.ppo_micro_batch_size)
+                    for x in (rollout.input_ids, rollout.attention_mask, rollout.mask)
+                ),
+                strict=True,
+            )
+        ]
+    models = {"policy": policy, "reference": reference, "reward model": reward_model}
+    enough, lower, found = _memory(policy, settings, device)
+    results = {
+        "dropout is off in all models": _dropout(models),
+        "reference and reward model are frozen": _frozen(models),
+        "neither shares weights with the policy": _not_shared(models),
+        "the optimiser holds the policy's weights": _optimised(policy, optimizer),
+        "the first ratio is 1": _ratio(torch.cat(pieces), rollout, half),
+        "the KL to the reference is 0": _no_kl(rollout, half),
+        "padding on the left changes nothing": _padding(policy, rollout, settings),
+        "EOS closes a response, and only that": _one_eos(rollout, tokenizer),
+        f"there is enough memory ({found})": (enough, lower),
+    }
+    for name, (good, remedy) in results.items():
+        print(f"✓ {name}" if good else f"✗ {remedy}")
+    if failed := [remedy for good, remedy in results.values() if not good]:
+        raise RuntimeError("PPO would go wrong: " + "; ".join(failed))
