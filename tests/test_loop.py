@@ -74,6 +74,46 @@ def test_a_rollout_adds_up(loop, policy):
     assert (rollout.scores[~ended] == -1).all()
 
 
+def test_one_ends_at_once_one_at_the_limit_and_one_never(policy):
+    """Three responses side by side, each as if it were alone."""
+    responses = torch.tensor([[EOS, EOS, EOS], [3, 3, EOS], [3, 4, 5]])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]])
+    prompts = [[5, 6], [3], [4, 2, 1]]
+    reference = freeze(small_lm(seed=1))
+
+    def collect_these(rows):
+        def sampled(lm, prompt_ids, prompt_mask, *_):
+            ids = torch.cat([prompt_ids, responses[rows]], dim=1)
+            return ids, torch.cat([prompt_mask, mask[rows]], dim=1), mask[rows]
+
+        own = import_cells("3-RLHF.ipynb", "collect-rollout")
+        own["sample_responses"] = sampled
+        chosen = [prompts[b] for b in rows]
+        return own["collect_rollout"](
+            policy, reference, score, chosen, EOS, SETTINGS, 0.1, None
+        )
+
+    together = collect_these([0, 1, 2])
+    assert together.scores.tolist() == [0.0, 2.0, -1.0]  # one never ends: -1
+    for b in range(3):
+        alone = collect_these([b])
+        n = int(mask[b].sum())
+        for name in (
+            "old_logprobs",
+            "ref_logprobs",
+            "old_values",
+            "rewards",
+            "returns",
+        ):
+            a, rest = getattr(together, name)[b, :n], getattr(together, name)[b, n:]
+            b_alone = getattr(alone, name)[0, :n]
+            torch.testing.assert_close(a, b_alone, atol=1e-9, rtol=0)
+            assert rest.eq(0).all()
+    # all that is to come after an EOS that comes first is its own reward
+    r = together.scores[0] - 0.1 * (together.old_logprobs - together.ref_logprobs)[0, 0]
+    torch.testing.assert_close(together.returns[0, 0], r, atol=1e-9, rtol=0)
+
+
 def test_the_returns_are_formed_before_the_advantages_are_whitened(loop, policy):
     settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.5)
     rollout = collect(loop, policy, freeze(small_lm(seed=1)), settings=settings)

@@ -110,5 +110,6 @@ def test_the_links_between_files_lead_somewhere(notebook):
 def test_the_links_and_pictures_of_the_readme_are_there():
     readme = (ROOT / "README.md").read_text("utf8")
     assert broken_links(readme) == []
-    for name in (*NOTEBOOKS, "docs/stages.png", "docs/training.png"):
+    pictures = [f"docs/{name}.png" for name in ("stages", "training", "frontier")]
+    for name in (*NOTEBOOKS, *pictures):
         assert f"({name.replace(' ', '%20')})" in readme

@@ -156,6 +156,23 @@ def test_gae_is_the_double_sum(seed, gamma, lam):
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_gae_at_lambda_0_and_1(seed):
+    """The TD error of the token alone, and the return less the value."""
+    draw, mask = random_case(seed)
+    rewards, values = draw(), draw()
+    td, _ = ppo.compute_gae(rewards, values, mask, gamma=0.9, lam=0.0)
+    monte_carlo, returns = ppo.compute_gae(rewards, values, mask, gamma=0.9, lam=1.0)
+    for b, t in tokens(mask):
+        n = int(mask[b].sum())
+        V_next = values[b, t + 1] if t + 1 < n else 0.0
+        delta = rewards[b, t] + 0.9 * V_next - values[b, t]
+        torch.testing.assert_close(td[b, t], delta, **EXACT)
+        total = sum(0.9 ** (k - t) * rewards[b, k] for k in range(t, n))
+        torch.testing.assert_close(returns[b, t], total, **EXACT)
+        torch.testing.assert_close(monte_carlo[b, t], total - values[b, t], **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_policy_loss_token_by_token(seed):
     draw, mask = random_case(seed)
     new, old, advantages = draw() * 0.3, draw() * 0.3, draw()
@@ -186,6 +203,28 @@ def test_policy_loss_gradient_at_ratio_one_and_where_clipped():
     loss.backward()
     expected = t([-2.0, 3.0, 0.0, 0.0, -0.5, 1.5]) / 6
     torch.testing.assert_close(logprobs.grad, expected, **EXACT)
+
+
+def test_the_first_step_is_the_policy_gradient():
+    """At ratio 1, from the logits on: the mean over the tokens of -A grad log pi."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(6, (3, 4), generator=generator)
+    A = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
+    old = ppo.token_logprobs(logits, labels)
+
+    def loss(logits):
+        logprobs = ppo.token_logprobs(logits, labels)
+        return ppo.policy_loss(logprobs, old, A, mask, clip_range=0.2)[0]
+
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (logits,))
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    # grad log softmax = one-hot - softmax
+    chosen = torch.nn.functional.one_hot(labels, 6) - logits.softmax(-1)
+    expected = -(A * mask)[..., None] * chosen / mask.sum()
+    torch.testing.assert_close(gradient, expected, **EXACT)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -296,6 +335,29 @@ def test_padding_on_either_side_changes_nothing(name):
         assert got[..., :2].eq(0).all() and got[..., -3:].eq(0).all()
         got = got[..., 2:-3]
     torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_order_of_the_responses_changes_nothing(name):
+    """No result and no gradient; what is token-shaped is permuted along."""
+    function, count = FUNCTIONS[name]
+    draw, mask = random_case(5)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    tensors = [draw() for _ in range(count)]
+    results = []
+    for rows in (torch.arange(5), order):
+        inputs = [x[rows].requires_grad_() for x in tensors]
+        out = function(*inputs, mask[rows])
+        if out.requires_grad:
+            (out * torch.linspace(1, 2, 7)).sum().backward()
+        grads = [x.grad for x in inputs if x.grad is not None]
+        results.append((out.detach(), grads))
+    (out, grads), (other, other_grads) = results
+    place = order if out.dim() else slice(None)
+    out = out[:, place] if out.dim() == 3 else out[place] if out.dim() else out
+    torch.testing.assert_close(other, out, **EXACT)
+    for a, b in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(b, a[order], **EXACT)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -93,6 +93,42 @@ def test_the_history_is_healthy(metrics):
         assert step["ratio_mean"] == pytest.approx(1, abs=0.1)
 
 
+def test_the_frontier_is_paid_in_kl(series, metrics):
+    """A lower price buys more KL and more reward; best-of-n stands at its bound."""
+    folder, _ = series
+    frontier = json.loads((folder / "frontier.json").read_text())
+    judges = {"reward model", "independent judge", "exact judge"}
+    assert all(set(p["shares"]) == judges for way in frontier.values() for p in way)
+    ppo, best, (above,) = frontier.values()
+    assert above["kl"] == metrics["policy"]["after"]["kl"]
+    assert (
+        above["shares"]["exact judge"] == metrics["policy"]["after"]["exactly_positive"]
+    )
+    assert [p["label"] for p in ppo] == ["1", "0.3", "0.1", "0.03", "0"]
+    assert ppo[0]["kl"] < ppo[1]["kl"] < ppo[-1]["kl"]
+    reward = [p["shares"]["reward model"] for p in ppo]
+    assert reward[0] < min(reward[2:])
+    assert [p["label"] for p in best] == ["1", "2", "4", "8", "16"]
+    # log n - (n - 1) / n, worked out beforehand
+    bounds = [0.0, 0.193147, 0.636294, 1.204442, 1.835089]
+    assert [p["kl"] for p in best] == pytest.approx(bounds, abs=1e-6)
+    reward = [p["shares"]["reward model"] for p in best]
+    assert reward == sorted(reward) and reward[-1] > reward[0] + 0.3
+
+
+def test_the_time_machine_follows_the_same_prompts(series):
+    """Five moments, the same prompts, and no KL at the first."""
+    folder, _ = series
+    cells = nbformat.read(folder / "3-RLHF.ipynb", as_version=4).cells
+    (cell,) = (cell for cell in cells if cell.id == "time-machine")
+    lines = cell.outputs[0].data["text/markdown"].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][1:] == [f"after {n} rollouts" for n in (0, 8, 15, 22, 30)]
+    assert len(rows) == 2 + TINY.time_machine_prompts + 2
+    assert rows[-1][0] == "**KL [nats]**" and rows[-1][1] == "0.00"
+    assert float(rows[-1][-1]) > 0.1
+
+
 def test_the_policy_loads_with_plain_transformers_and_writes_praise(series, world):
     folder, _ = series
     lm = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
@@ -116,6 +152,7 @@ def test_the_policy_loads_with_plain_transformers_and_writes_praise(series, worl
 
 def test_the_executed_copies_and_the_table(series):
     folder, table = series
+    assert "expected (mean ± 4 sd)" in table and "outside" not in table, table
     for name in NOTEBOOKS:
         notebook = nbformat.read(folder / name, as_version=4)
         assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")

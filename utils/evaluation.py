@@ -24,7 +24,7 @@ FIGURES = {
     "exactly_positive": ("grammatical and positive, exactly", ".1%"),
     "exactly_grammatical": ("grammatical, exactly", ".1%"),
     "kl": ("KL to the reference [nats per response]", ".2f"),
-    "perplexity": ("perplexity under the SFT model", ".1f"),
+    "perplexity": ("perplexity under the SFT model", ".2f"),
     "distinct_1": ("distinct-1, share of different tokens", ".3f"),
     "distinct_2": ("distinct-2, share of different pairs", ".3f"),
     "eos_rate": ("responses that end in EOS", ".1%"),
@@ -147,11 +147,27 @@ def evaluate_policy(
     return figures, rows
 
 
-def figures_table(before: dict, after: dict, figures: dict = FIGURES) -> str:
-    """The figures that were measured as lines of text: name, before, after."""
-    lines = [f"{'':42}{'before':>10}{'after':>10}"]
+def figures_table(
+    before: dict, after: dict, bands: dict | None = None, figures: dict = FIGURES
+) -> str:
+    """The figures that were measured as lines of text: name, before, after.
+
+    `bands` holds the mean and standard deviation of figures over several seeds; it
+    adds a column with mean ± 4 sd, and marks what lies outside.
+    """
+    head = "expected (mean ± 4 sd)" if bands else ""
+    lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
     for name, (description, spec) in figures.items():
-        if name in after:
-            old = format(before[name], spec) if name in before else ""
-            lines.append(f"{description:42}{old:>10}{format(after[name], spec):>10}")
+        if name not in after:
+            continue
+        old = format(before[name], spec) if name in before else ""
+        line = f"{description:42}{old:>10}{format(after[name], spec):>10}"
+        if bands and name in bands:
+            mean, sd = bands[name]
+            # A share moves in steps; one text of a few hundred is no news
+            width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)
+            line += f"   {mean:{spec}} ± {width:{spec}}"
+            if abs(after[name] - mean) > width:
+                line += "   outside"
+        lines.append(line)
     return "\n".join(lines)

@@ -139,28 +139,27 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 
-    `points` maps the name of a way (PPO, best-of-n) to points with a `label`, a `kl`
-    in nats, and `shares`: the share of texts that each judge calls positive.
+    `points` maps the name of a way, three at most, to points with a `label`, a `kl` in
+    nats, and `shares`: the share of texts that each judge calls positive.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
     figure, axes = _axes(1, len(judges), width=3.8, height=3.4)
-    # Where the labels stand: to the lower right of a point, and above it
-    styles = [(BLUE, "o", (5, -11), "left"), (RED, "s", (0, 6), "center")]
+    # Where the labels stand: to the lower right of a point, to the right, or above it
+    styles = [(BLUE, "o", (5, -11)), (RED, "s", (-2, 6)), ("black", "*", (6, -3))]
     for axis, judge in zip(figure.axes, judges, strict=True):
-        for (way, line), (colour, marker, offset, side) in zip(
-            points.items(), styles, strict=True
+        for (way, line), (colour, marker, offset) in zip(
+            points.items(), styles, strict=False
         ):
             line = sorted(line, key=lambda point: point["kl"])
             places = [(point["kl"], point["shares"][judge]) for point in line]
-            axis.plot(
-                *zip(*places, strict=True), marker, ls="-", color=colour, label=way
-            )
+            x, y = zip(*places, strict=True)
+            axis.plot(x, y, marker=marker, markersize=7, color=colour, label=way)
             for point, place in zip(line, places, strict=True):
-                options = {"textcoords": "offset points", "fontsize": 8, "ha": side}
+                options = {"textcoords": "offset points", "fontsize": 8}
                 axis.annotate(point["label"], place, offset, color=colour, **options)
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
         axis.sharey(figure.axes[0])
-        axis.margins(x=0.18, y=0.12)
+        axis.margins(x=0.12, y=0.12)
     figure.axes[0].set_ylabel("share judged positive")
     figure.axes[-1].legend(frameon=False, loc="lower right")
     return figure

@@ -1,4 +1,4 @@
-"""The README's two pictures: `python -m utils.support.pictures`, after a tiny run."""
+"""The README's pictures: `python -m utils.support.pictures`, after a tiny run."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from utils.plots import BLUE, GREY, RED, plot_ppo
+from utils.plots import BLUE, GREY, RED, plot_frontier, plot_ppo
 from utils.settings import TINY
 from utils.support.notebook import ROOT
 
@@ -56,13 +56,19 @@ def plot_stages():
 
 
 def main():
-    """Write docs/stages.png, and docs/training.png from the figures of a tiny run."""
-    metrics = ROOT / TINY.folder / "metrics.json"
-    if not metrics.exists():
-        sys.exit(f"{TINY.folder}/metrics.json is missing; run `python -m utils` first")
-    history = json.loads(metrics.read_text())["policy"]["history"]
-    (ROOT / "docs").mkdir(exist_ok=True)
-    for name, figure in (("stages", plot_stages()), ("training", plot_ppo(history))):
+    """Write docs/stages.png, and from a tiny run training.png and frontier.png."""
+    found = {}
+    for name in ("metrics", "frontier"):
+        file = TINY.folder / f"{name}.json"
+        if not (ROOT / file).exists():
+            sys.exit(f"{file} is missing; run `python -m utils` first")
+        found[name] = json.loads((ROOT / file).read_text())
+    figures = {
+        "stages": plot_stages(),
+        "training": plot_ppo(found["metrics"]["policy"]["history"]),
+        "frontier": plot_frontier(found["frontier"]),
+    }
+    for name, figure in figures.items():
         figure.savefig(ROOT / "docs" / f"{name}.png", dpi=100)
 
 

@@ -13,6 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
 from utils.settings import PRESETS, load_settings, parse_field
+from utils.support import bands
 from utils.support.notebook import NOTEBOOKS, ROOT
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -21,7 +22,7 @@ ARTEFACTS = ("sft", "reward_model", "policy")
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
 EARLIER_FIGURES = {
     "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
-    "validation_perplexity": ("SFT: validation perplexity", ".1f"),
+    "validation_perplexity": ("SFT: validation perplexity", ".2f"),
     "accuracy": ("reward model: validation accuracy", ".1%"),
 }
 
@@ -84,10 +85,11 @@ def execute(name: str, folder: Path, env: dict):
             nbformat.write(notebook, folder / name)
 
 
-def report(folder: Path, notebooks) -> tuple[dict, str]:
+def report(settings, notebooks) -> tuple[dict, str]:
     """What has been measured, by artefact, and a table of what these notebooks did."""
     from utils.evaluation import FIGURES, figures_table
 
+    folder = ROOT / settings.folder
     found = {
         name: json.loads((folder / name / "metrics.json").read_text())
         for name in ARTEFACTS
@@ -99,7 +101,8 @@ def report(folder: Path, notebooks) -> tuple[dict, str]:
             continue
         before.update(metrics.get("before", {}))
         after.update(metrics["after"])
-    return found, figures_table(before, after, {**EARLIER_FIGURES, **FIGURES})
+    figures = {**EARLIER_FIGURES, **FIGURES}
+    return found, figures_table(before, after, bands.expected(settings), figures)
 
 
 def parse(argv):
@@ -153,7 +156,7 @@ def main(argv=None) -> int:
             return 1
         if options.save_outputs:
             nbformat.write(nbformat.read(folder / name, as_version=4), ROOT / name)
-    metrics, table = report(folder, options.notebooks)
+    metrics, table = report(options.settings, options.notebooks)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(
         f"\n{table}\n\nExecuted notebooks and metrics.json: {options.settings.folder}"
