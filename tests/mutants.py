@@ -22,7 +22,7 @@ from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
 from utils.rollout import evaluate_responses, response_hidden_states, response_logprobs
 from utils.settings import TINY
-from utils.support import checks
+from utils.support import checks, exact
 from utils.support.notebook import ROOT, import_cells
 
 CORRECT = {  # check: the function of ours that it must pass
@@ -182,7 +182,7 @@ def _(rewards, values, mask, gamma, lam):
 # --- the policy loss
 
 
-def surrogate(logprobs, old_logprobs, advantages, mask, clip_range, pick, stats=True):
+def surrogate(logprobs, old_logprobs, advantages, mask, clip_range, pick):
     """`ppo.policy_loss` with another choice between its two branches."""
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
@@ -231,7 +231,17 @@ def _(logprobs, old_logprobs, advantages, mask, clip_range):
     return ppo.policy_loss(old_logprobs, logprobs, advantages, mask, clip_range)
 
 
-@mutant(checks.check_policy_loss, "mean over padding too", "mean is over all slots")
+@mutant(checks.check_policy_loss, "no mask", "there is no mask")
+def _(logprobs, old_logprobs, advantages, mask, clip_range):
+    every = everywhere(mask)
+    return ppo.policy_loss(logprobs, old_logprobs, advantages, every, clip_range)
+
+
+@mutant(
+    checks.check_policy_loss,
+    "sum divided by all slots",
+    "divided by the number of all slots",
+)
 def _(logprobs, old_logprobs, advantages, mask, clip_range):
     loss, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
     return loss * mask.sum() / mask.numel(), stats
@@ -311,7 +321,30 @@ def _(*arguments):
     return 2 * loss, stats
 
 
-@mutant(checks.check_value_loss, "mean over padding too", "mean is over all slots")
+@mutant(checks.check_value_loss, "no mask", "there is no mask")
+def _(values, old_values, returns, mask, clip_range):
+    return ppo.value_loss(values, old_values, returns, everywhere(mask), clip_range)
+
+
+@mutant(checks.check_value_loss, "mean of the responses' means", "each response weighs")
+def _(values, old_values, returns, mask, clip_range):
+    _, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
+    rows = zip(values, old_values, returns, mask, strict=True)
+    losses = [ppo.value_loss(*(x[None] for x in r), clip_range)[0] for r in rows]
+    return torch.stack(losses).mean(), stats
+
+
+@mutant(checks.check_value_loss, "loss without a gradient", "has no gradient")
+def _(*arguments):
+    loss, stats = ppo.value_loss(*arguments)
+    return loss.detach(), stats
+
+
+@mutant(
+    checks.check_value_loss,
+    "sum divided by all slots",
+    "divided by the number of all slots",
+)
 def _(values, old_values, returns, mask, clip_range):
     loss, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
     return loss * mask.sum() / mask.numel(), stats
@@ -536,7 +569,7 @@ class _(RewardHead):
         return super().forward(hidden).sigmoid()
 
 
-@mutant(checks.check_reward_head, "last dimension kept", "output shape")
+@mutant(checks.check_reward_head, "last dimension kept", "has the shape (2, 3, 1)")
 class _(RewardHead):
     def forward(self, hidden):
         return super().forward(hidden)[..., None]
@@ -549,12 +582,14 @@ class _(RewardHead):
 class LoopMutant:
     """A mistake of the loop; `run(True)` makes it, `run(False)` does not.
 
-    `run` raises if what should catch the mistake does.
+    What catches the mistake raises `error`, with `says` in its message.
     """
 
     mistake: str
     caught_by: str
     run: Any
+    error: type = AssertionError
+    says: str = ""
 
 
 LOOP = []
@@ -569,13 +604,14 @@ def loop_sources():
 
 def rewritten(namespace, source, old, new):
     """The names of the namespace, and those of the source with one place changed."""
-    assert source.count(old) == 1, f"{source.count(old)} places to change: {old!r}"
+    if source.count(old) != 1:  # no mutant, and so no catch
+        raise LookupError(f"{source.count(old)} places to change: {old!r}")
     changed = dict(namespace)
     exec(source.replace(old, new), changed)
     return changed
 
 
-def change_loop(cell, old, new, mistake, test, **options):
+def change_loop(cell, old, new, mistake, test, error=AssertionError, **options):
     """A change of one cell of the loop, and the test of the loop that must see it."""
 
     def run(wrong):
@@ -585,7 +621,7 @@ def change_loop(cell, old, new, mistake, test, **options):
         torch.manual_seed(0)
         test(loop, test_loop.make_policy(), **options)
 
-    LOOP.append(LoopMutant(mistake, f"test_loop: {test.__name__[5:]}", run))
+    LOOP.append(LoopMutant(mistake, f"test_loop: {test.__name__[5:]}", run, error))
 
 
 def change_start(mistake, infect):
@@ -597,7 +633,8 @@ def change_start(mistake, infect):
             infect(start)
         test_preflight.check(start)
 
-    LOOP.append(LoopMutant(mistake, "preflight", run))
+    says = test_preflight.SICK[infect]
+    LOOP.append(LoopMutant(mistake, "preflight", run, RuntimeError, says))
 
 
 change_start("reference shares weights with policy", test_preflight.shared_reference)
@@ -613,16 +650,26 @@ change_start("a prompt that holds an EOS", test_preflight.eos_in_the_prompt)
 
 
 def uneven_settings(wrong):
-    dataclasses.replace(TINY, ppo_rollout_size=256 + 8 * wrong, ppo_episodes=7680)
+    size = 256 + 8 * wrong
+    dataclasses.replace(TINY, ppo_rollout_size=size, ppo_episodes=30 * size)
 
 
-LOOP.append(LoopMutant("a last batch that is smaller", "Settings", uneven_settings))
+LOOP.append(
+    LoopMutant(
+        "a last batch that is smaller",
+        "Settings",
+        uneven_settings,
+        ValueError,
+        r"ppo_rollout_size \(264\) must be a multiple of ppo_minibatch_size",
+    )
+)
 change_loop(
     "ppo-update",
     "len(rollout), generator",
     "settings.ppo_rollout_size, generator",
     "permutation larger than the batch",
     test_loop.test_every_response_is_used_once_an_epoch,
+    error=IndexError,
     size=12,
 )
 change_loop(
@@ -734,4 +781,35 @@ change_loop(
     "    policy.train()\n    for minibatch in minibatches:\n",
     "dropout during the update",
     test_loop.test_the_update_changes_the_policy_and_nothing_else,
+)
+
+
+def exact_world(name, wrong_function, mistake):
+    """A mistake in a world with exact answers, where it must miss the optimum."""
+
+    def run(wrong):
+        cells = (*LOOP_CELLS, "fresh-policy", "train", "train-exactly")
+        loop = import_cells("3-RLHF.ipynb", *cells)
+        if wrong:
+            loop[name] = wrong_function
+        world = exact.ExactWorld(seed=0)
+        lm = loop["train_exactly"](world, 0.5, seed=0)
+        assert world.reached(lm, 0.5) >= 0.98, "misses the optimum"
+
+    catcher = "test_exact: 98 % of what there is to gain"
+    LOOP.append(LoopMutant(mistake, catcher, run, AssertionError, "misses the optimum"))
+
+
+def of_mathematics(mistake):
+    (found,) = (m.function for m in MATHEMATICS if m.mistake == mistake)
+    return found
+
+
+exact_world(
+    "token_rewards", of_mathematics("sign of k1 in the reward"), "PPO with a turned KL"
+)
+exact_world(
+    "token_rewards",
+    of_mathematics("score on the slot after EOS"),
+    "PPO with the score behind EOS",
 )

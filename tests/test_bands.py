@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from utils.evaluation import FIGURES, figures_table
 from utils.settings import FULL, TINY
 from utils.support import bands
-from utils.support.run import EARLIER_FIGURES
+from utils.support.run import EARLIER_FIGURES, parse
 
 
 def test_the_bands_are_those_of_the_preset():
@@ -19,9 +21,37 @@ def test_the_bands_are_those_of_the_preset():
     assert bands.expected(dataclasses.replace(TINY, seed=7, runs_dir="x")) == found
 
 
-def test_other_settings_have_no_bands():
+def test_other_settings_and_a_gpu_have_no_bands(monkeypatch):
     assert bands.expected(FULL) == {}
     assert bands.expected(dataclasses.replace(TINY, kl_coef=0.2)) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bands.expected(TINY) == {}
+
+
+def test_a_seed_is_run_with_the_presets_own_settings(tmp_path, monkeypatch):
+    """Whatever the shell has set; and a run that fails ends the command, by name."""
+    monkeypatch.setattr(bands, "ROOT", tmp_path)
+    monkeypatch.setenv("RLHF_KL_COEF", "0.2")
+    calls = []
+
+    def run(command, env, **options):
+        calls.append((command, env))
+        folder = tmp_path / "runs/bands/3/tiny"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"sft": {"after": {"loss": 1.5}}, "policy": {"after": {"kl": 2.0}}}
+        (folder / "metrics.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=len(calls) - 1, stderr="KeyError: the cause")
+
+    monkeypatch.setattr(bands.subprocess, "run", run)
+    assert bands.measure(3, keep=True) == {"loss": 1.5, "kl": 2.0}
+    (command, env), *_ = calls
+    options = parse([*command[3:]])
+    assert (options.settings.seed, options.settings.frontier_rollouts) == (3, 0)
+    assert "RLHF_KL_COEF" not in env
+    assert bands.measure(3, keep=True) == {"loss": 1.5, "kl": 2.0}
+    assert len(calls) == 1  # it was there
+    with pytest.raises(SystemExit, match="(?s)seed 3 failed.*KeyError: the cause"):
+        bands.measure(3, keep=False)
 
 
 def test_mean_and_deviation_by_hand(tmp_path, monkeypatch, capsys):

@@ -72,6 +72,8 @@ def test_every_figure_from_the_texts_alone(measured):
         z = reward_model(text, torch.ones_like(text)).item()
         rewards.append(2 / (1 + math.exp(-z)) - 1)
         assert row["kl"] == pytest.approx(kls[-1], abs=1e-6)
+        assert row["raw"] == pytest.approx(z, abs=1e-6)
+        assert row["ended"] == stopped
         assert row["reward"] == pytest.approx(rewards[-1], abs=1e-6)
     count = len(PROMPTS)
     assert 0 < ended < count

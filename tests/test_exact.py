@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from utils.models import PolicyWithValueHead
 from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
 from utils.rollout import sample_responses
 from utils.support import exact
@@ -72,6 +71,8 @@ def test_scores_are_found_again_and_a_missing_eos_costs(world):
     # responses may all be short: the batch is then narrower than three slots
     short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
     assert short.item() == names["EOS"]
+    with pytest.raises(ValueError, match=r"\[7, 7, 0\] is none of the 15 responses"):
+        world.score(torch.tensor([[0, 7, 7]]), None, torch.tensor([[1, 1]]))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -131,41 +132,31 @@ def test_with_exact_values_no_state_has_an_advantage(world, lam):
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
-    """Over all responses, PPO's first step follows the exact gradient of J.
+    """The mean over all responses of PPO's first step is the exact gradient of J.
 
-    Each response stands in the batch as often as a uniform policy would sample it
-    (9 times "EOS", 3 times "a EOS", once "a b EOS"), so the mean over the batch is
-    the expectation. With lambda 1 any values will do that depend on the state alone;
-    below 1 they must be the exact ones.
+    The loss of a single response is a mean over its tokens; times their number and the
+    response's probability, it is summed over all fifteen. With lambda 1 any values
+    will do that depend on the state alone; below 1 they must be the exact ones.
     """
-    beta = 0.4
-    policy = PolicyWithValueHead(another_policy(world))
-    torch.nn.init.zeros_(policy.lm.lm_head.weight)  # uniform
-    copies = 3 ** (3 - world.mask.sum(dim=1))
-    assert copies.sum() == 27
-    values = world.values(policy.lm, beta)
+    beta, lm = 0.4, another_policy(world)
+    ref = world.token_logprobs(world.reference)
+    values = world.values(lm, beta)
     if lam == 1.0:
         values = world.values(world.reference, 0.0) + 3
-    logprobs, ref, values, scores, mask = (
-        x.repeat_interleave(copies, dim=0)
-        for x in (
-            world.token_logprobs(policy.lm),
-            world.token_logprobs(world.reference),
-            values.detach(),
-            world.scores,
-            world.mask,
-        )
-    )
+    logprobs = world.token_logprobs(lm)
     old = logprobs.detach()
-    rewards = token_rewards(scores, old, ref, mask, beta)
-    advantages, _ = compute_gae(rewards, values, mask, 1.0, lam)
-    loss, _ = policy_loss(logprobs, old, advantages, mask)
-    weights = list(policy.lm.parameters())
-    J = world.objective(world.logprobs(policy.lm), beta)
-    options = {"allow_unused": True, "materialize_grads": True}
-    ours = torch.autograd.grad(loss * mask.sum() / 27, weights, **options)
-    exactly = torch.autograd.grad(-J, weights, **options)
-    assert max(g.abs().max() for g in exactly) > 1e-2
+    rewards = token_rewards(world.scores, old, ref, world.mask, beta)
+    advantages, _ = compute_gae(rewards, values.detach(), world.mask, 1.0, lam)
+    batch = (logprobs, old, advantages, world.mask)
+    losses = [policy_loss(*(x[b : b + 1] for x in batch))[0] for b in range(15)]
+    weights = old.sum(dim=1).exp() * world.mask.sum(dim=1)
+    parameters = list(lm.parameters())
+    ours = torch.autograd.grad(torch.stack(losses) @ weights, parameters)
+    exactly = torch.autograd.grad(
+        -world.objective(world.logprobs(lm), beta), parameters
+    )
+    trunk = [g for g in exactly if g.shape != lm.lm_head.weight.shape]
+    assert max(g.abs().max() for g in trunk) > 1e-3
     for a, b in zip(ours, exactly, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 

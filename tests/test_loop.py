@@ -215,6 +215,29 @@ def test_a_gradient_that_overflows_moves_nothing(loop):
     assert scaler.get_scale() < 8.0
 
 
+def test_an_interrupted_update_leaves_nothing_behind(loop, policy):
+    """Interrupted before its first step, and run again: as if never interrupted."""
+    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
+    undisturbed = copy.deepcopy(policy)
+    update(loop, undisturbed, rollout)
+
+    class Interrupted(torch.amp.GradScaler):
+        def step(self, optimizer):
+            raise KeyboardInterrupt
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
+    for scaler in (Interrupted("cpu", enabled=False), SCALER):
+        generator = torch.Generator().manual_seed(0)
+        arguments = (policy, optimizer, scaler, rollout, SETTINGS, generator)
+        if scaler is SCALER:
+            loop["ppo_update"](*arguments)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                loop["ppo_update"](*arguments)
+    for got, want in zip(policy.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_the_score_stands_on_the_eos(loop, policy):
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
     last = rollout.mask.sum(1) - 1

@@ -99,6 +99,11 @@ def test_the_frontier_is_paid_in_kl(series, metrics):
     frontier = json.loads((folder / "frontier.json").read_text())
     judges = {"reward model", "independent judge", "exact judge"}
     assert all(set(p["shares"]) == judges for way in frontier.values() for p in way)
+    assert list(frontier) == [
+        "PPO, short, for each β",
+        "best-of-n, for each n",
+        "PPO, the run above",
+    ]
     ppo, best, (above,) = frontier.values()
     assert above["kl"] == metrics["policy"]["after"]["kl"]
     assert (

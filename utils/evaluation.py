@@ -88,7 +88,8 @@ def evaluate_policy(
 
     `judges` maps the name of a figure to a function from texts to bools. Returns the
     figures named in FIGURES, and for each prompt a row with `prompt`, `response`,
-    `reward` (2 sigmoid(raw logit) - 1), `kl` (summed k1, nats) and `text`.
+    `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended` (with EOS),
+    `kl` (summed k1, nats) and `text`.
     """
     eos = tokenizer.eos_token_id
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -107,10 +108,11 @@ def evaluate_policy(
                 settings.temperature,
                 generator,
             )
-            rewards = squash(reward_model(*sampled[:2]))
+            raw = reward_model(*sampled[:2])
             hidden, ref_hidden = (
                 response_hidden_states(model, *sampled) for model in (lm, reference)
             )
+        rewards = squash(raw)
         ids, _, mask = sampled
         logprobs = response_logprobs(lm, hidden, ids, mask, settings.temperature)
         ref = response_logprobs(reference, ref_hidden, ids, mask, settings.temperature)
@@ -128,7 +130,9 @@ def evaluate_policy(
                     "text": tokenizer.decode(
                         prompt + response, skip_special_tokens=True
                     ),
+                    "raw": raw[i].item(),
                     "reward": rewards[i].item(),
+                    "ended": ended[start + i],
                     "kl": kls[i],
                 }
             )
@@ -153,7 +157,8 @@ def figures_table(
     """The figures that were measured as lines of text: name, before, after.
 
     `bands` holds the mean and standard deviation of figures over several seeds; it
-    adds a column with mean ± 4 sd, and marks what lies outside.
+    adds a column with mean ± 4 sd (half a point at least, for a share), and marks what
+    lies outside.
     """
     head = "expected (mean ± 4 sd)" if bands else ""
     lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
@@ -164,7 +169,7 @@ def figures_table(
         line = f"{description:42}{old:>10}{format(after[name], spec):>10}"
         if bands and name in bands:
             mean, sd = bands[name]
-            # A share moves in steps; one text of a few hundred is no news
+            # One text more or less, of a few hundred, is no news
             width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)
             line += f"   {mean:{spec}} ± {width:{spec}}"
             if abs(after[name] - mean) > width:

@@ -124,11 +124,12 @@ def plot_rewards(before: list[float], after: list[float]):
 
 
 def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor]):
-    """Several distributions over the same few responses, side by side."""
+    """Up to three distributions over the same few responses, side by side."""
     figure, axis = _axes(1, 1, width=9, height=3.2)
     colours, width = (GREY, BLUE, RED), 0.8 / len(distributions)
     for i, (label, probs) in enumerate(distributions.items()):
-        places = [place + (i - 1) * width for place in range(len(names))]
+        shift = (i - (len(distributions) - 1) / 2) * width
+        places = [place + shift for place in range(len(names))]
         axis.bar(places, probs.tolist(), width, color=colours[i], label=label)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_ylabel("probability of the response")

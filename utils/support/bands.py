@@ -8,11 +8,13 @@ preset then shows its own figures beside mean +- 4 standard deviations.
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from utils.settings import TINY
@@ -32,10 +34,11 @@ def fixed(settings) -> dict:
 def expected(settings) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each figure after training, by its name.
 
-    Empty if the bands were measured with other settings.
+    Empty if the bands do not apply: with other settings, and on a GPU (they were
+    measured on a CPU, in float32).
     """
     bands = json.loads(FILE.read_text())
-    if fixed(settings) != bands["settings"]:
+    if fixed(settings) != bands["settings"] or torch.cuda.is_available():
         return {}
     return {name: tuple(band) for name, band in bands["figures"].items()}
 
@@ -48,7 +51,12 @@ def measure(seed: int, keep: bool) -> dict:
         changes = {"seed": seed, "runs_dir": runs, "frontier_rollouts": 0}
         sets = [x for item in changes.items() for x in ("--set", "{}={}".format(*item))]
         command = [sys.executable, "-m", "utils", "--preset", TINY.preset, *sets]
-        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
+        done = subprocess.run(
+            command, cwd=ROOT, env=ours, capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(f"seed {seed} failed:\n{done.stderr[-3000:]}")
     found = json.loads(metrics.read_text())
     return {name: x for part in found.values() for name, x in part["after"].items()}
 

@@ -271,10 +271,19 @@ def _loss(case, rows, token_loss, mean_over="tokens"):
     return {"loss": total, "gradient": case.table(slopes)}
 
 
-def _loss_mistakes(case, rows, token_loss):
+def _loss_mistakes(case, tensors, token_loss):
     """What can go wrong around any loss that is a mean over tokens."""
+    rows = case.rows(*tensors)
+    with_padding = list(zip(*(x.tolist() for x in tensors), strict=True))
     return [
-        ("the mean is over all slots", _loss(case, rows, token_loss, "slots")),
+        (
+            "there is no mask: padding counts like a token",
+            _loss(case, with_padding, token_loss, "slots"),
+        ),
+        (
+            "the sum is divided by the number of all slots, not of the real tokens",
+            _loss(case, rows, token_loss, "slots"),
+        ),
         (
             "each response weighs the same; in PPO each token does",
             _loss(case, rows, token_loss, "rows"),
@@ -349,7 +358,7 @@ def check_policy_loss(function, seed: int = 0) -> Result:
         ),
         mistake("log rho is clipped, not rho", clipped=clipped_in_logs),
         mistake("the ratio is turned around: rho = pi_theta / pi_old", turn=-1),
-        *_loss_mistakes(case, rows, surrogate()),
+        *_loss_mistakes(case, (old + step, old, advantages), surrogate()),
         ("approx_kl is turned around; pi_old sampled", {"approx_kl": turned_kl}),
     ]
     return compare(
@@ -400,7 +409,7 @@ def check_value_loss(function, seed: int = 0) -> Result:
         mistake("min stands for max of the two errors", pick=min),
         mistake("only the clipped error is there", pick=lambda plain, clipped: clipped),
         mistake("the factor 1/2 is left out", half=1.0),
-        *_loss_mistakes(case, rows, squared()),
+        *_loss_mistakes(case, (old + step, old, returns), squared()),
     ]
     return compare(
         _name(function),
@@ -688,7 +697,7 @@ def check_evaluate_responses(function, seed: int = 0) -> Result:
 def check_reward_head(cls, seed: int = 0) -> Result:
     """`RewardHead(hidden_size)`: (..., d) -> (...), N(0, 1/sqrt(d + 1)), bias 0.
 
-    The weights are a sample: their spread may be off by 5 standard errors.
+    The weights are a sample: mean and spread may be off by 5 standard errors.
     """
     d, heads, roots = 512, 8, math.sqrt(513)
     with torch.random.fork_rng():
@@ -703,21 +712,19 @@ def check_reward_head(cls, seed: int = 0) -> Result:
         output = made[0](hidden)
         linear = hidden @ weight[0] + bias[0]
         return {
-            "output shape": torch.tensor(output.shape[1:]),
             "share of weights that are 0": (weight == 0).double().mean(),
             "spread * sqrt(d + 1)": weight.std() * roots,
             "mean * sqrt(d + 1)": weight.mean() * roots,
             "bias": bias,
-            "distance from a linear function": output.view(linear.shape) - linear,
+            "output less that of a linear function": output - linear.view(output.shape),
         }
 
     expected = {
-        "output shape": torch.tensor([3]),
         "share of weights that are 0": 0.0,
         "spread * sqrt(d + 1)": 1.0,
         "mean * sqrt(d + 1)": 0.0,
         "bias": torch.zeros(heads),
-        "distance from a linear function": torch.zeros(2, 3),
+        "output less that of a linear function": torch.zeros(2, 3),
     }
     spread = "spread * sqrt(d + 1)"
     mistakes = [
@@ -734,5 +741,5 @@ def check_reward_head(cls, seed: int = 0) -> Result:
         ("the output goes through a sigmoid", {spread: 0.25, "bias": [0.5] * heads}),
     ]
     error = 1 / math.sqrt(heads * d)  # the standard error of a mean of N(0, 1)
-    bounds = {spread: 5 * error, "mean * sqrt(d + 1)": 5 * error}
+    bounds = {spread: 5 * error / math.sqrt(2), "mean * sqrt(d + 1)": 5 * error}
     return compare(_name(cls), call, expected, mistakes, bounds)

@@ -61,11 +61,17 @@ class ExactWorld:
         self.scores = torch.where(ended, scores, SETTINGS.missing_eos_score)
 
     def score(self, input_ids, attention_mask, mask) -> tuple[Tensor, Tensor]:
-        """The scores (B,) of sampled responses, as raw and as normalised ones."""
+        """The scores (B,) of sampled responses, as raw and as normalised ones.
+
+        Raises ValueError for ids that are no response.
+        """
         width = LENGTH - mask.shape[1]
         sampled = input_ids[:, -mask.shape[1] :].masked_fill(mask == 0, EOS)
         sampled = torch.nn.functional.pad(sampled, (0, width), value=EOS)
         same = (sampled[:, None] == self.responses).all(dim=2)
+        if not same.any(dim=1).all():
+            stray = sampled[~same.any(dim=1)][0].tolist()
+            raise ValueError(f"{stray} is none of the 15 responses; check the sampling")
         scores = self.scores[same.long().argmax(dim=1)]
         return scores, scores
 
