@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 from utils.support import toy  # noqa: E402
@@ -48,7 +49,10 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def world():
     """The folder of the tiny world."""
-    return toy.build_world(ROOT / toy.WORLD)
+    torch.set_num_threads(THREADS)
+    folder = toy.build_world(ROOT / toy.WORLD)
+    torch.set_num_threads(1)
+    return folder
 
 
 @pytest.fixture(scope="session")

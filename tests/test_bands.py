@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from utils.evaluation import FIGURES, figures_table
+from utils.models import load_causal_lm
 from utils.settings import FULL, TINY
 from utils.support import bands
 from utils.support.run import EARLIER_FIGURES, parse
@@ -28,7 +29,7 @@ def test_other_settings_and_a_gpu_have_no_bands(monkeypatch):
     assert bands.expected(TINY) == {}
 
 
-def test_a_seed_is_run_with_the_presets_own_settings(tmp_path, monkeypatch):
+def test_a_seed_is_run_with_the_presets_own_settings(world, tmp_path, monkeypatch):
     """Whatever the shell has set; and a run that fails ends the command, by name."""
     monkeypatch.setattr(bands, "ROOT", tmp_path)
     monkeypatch.setenv("RLHF_KL_COEF", "0.2")
@@ -43,11 +44,20 @@ def test_a_seed_is_run_with_the_presets_own_settings(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=len(calls) - 1, stderr="KeyError: the cause")
 
     monkeypatch.setattr(bands.subprocess, "run", run)
+    monkeypatch.setattr(bands.toy, "build_world", lambda folder: world)
+    monkeypatch.setitem(bands.toy.PRETRAINING, "steps", 1)
     assert bands.measure(3, keep=True) == {"loss": 1.5, "kl": 2.0}
     (command, env), *_ = calls
+    monkeypatch.delenv("RLHF_KL_COEF")
     options = parse([*command[3:]])
     assert (options.settings.seed, options.settings.frontier_rollouts) == (3, 0)
+    assert options.settings.model_name == "runs/bands/3/model"
     assert "RLHF_KL_COEF" not in env
+    # a model of its own, with the world's tokenizer
+    lm = load_causal_lm(str(tmp_path / "runs/bands/3/model"))
+    assert (
+        lm.config.vocab_size == load_causal_lm(str(world / "model")).config.vocab_size
+    )
     assert bands.measure(3, keep=True) == {"loss": 1.5, "kl": 2.0}
     assert len(calls) == 1  # it was there
     with pytest.raises(SystemExit, match="(?s)seed 3 failed.*KeyError: the cause"):

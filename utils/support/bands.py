@@ -3,6 +3,9 @@
 The command runs the series once for each seed, a few minutes each, and writes mean and
 standard deviation of every figure to `bands.json` beside this file. Every run of the
 preset then shows its own figures beside mean +- 4 standard deviations.
+
+Each seed also pre-trains a tiny GPT-2 of its own. Another processor rounds otherwise,
+so the model that it builds for the tiny world is another one, too.
 """
 
 import argparse
@@ -17,9 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils.data import load_tokenizer
 from utils.settings import TINY
+from utils.support import toy
 from utils.support.notebook import ROOT
 
+FIRST_SEED = 1000  # of the pre-training
 FILE = Path(__file__).with_name("bands.json")
 # What leaves the figures as they are
 FREE = ("seed", "runs_dir", "time_machine_prompts", "frontier_rollouts", "best_of_n")
@@ -48,7 +54,13 @@ def measure(seed: int, keep: bool) -> dict:
     runs = Path("runs/bands") / str(seed)
     metrics = ROOT / runs / TINY.preset / "metrics.json"
     if not (keep and metrics.exists()):
-        changes = {"seed": seed, "runs_dir": runs, "frontier_rollouts": 0}
+        world = toy.build_world(ROOT / toy.WORLD)
+        tokenizer = load_tokenizer(str(world / "model"))
+        tokenizer.save_pretrained(ROOT / runs / "model")
+        lm = toy.pretrain(tokenizer, seed=FIRST_SEED + seed)
+        lm.save_pretrained(ROOT / runs / "model")
+        changes = {"seed": seed, "runs_dir": runs, "model_name": runs / "model"}
+        changes["frontier_rollouts"] = 0
         sets = [x for item in changes.items() for x in ("--set", "{}={}".format(*item))]
         command = [sys.executable, "-m", "utils", "--preset", TINY.preset, *sets]
         ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}

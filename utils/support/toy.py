@@ -258,11 +258,13 @@ def train_tokenizer(documents: list[str]) -> GPT2TokenizerFast:
     )
 
 
-def pretrain(tokenizer, show_progress: bool = True) -> GPT2LMHeadModel:
+def pretrain(
+    tokenizer, show_progress: bool = True, seed: int = PRETRAINING["seed"]
+) -> GPT2LMHeadModel:
     """A small GPT-2 trained to predict the next token of random documents."""
     options = PRETRAINING
-    rng = random.Random(options["seed"])
-    torch.manual_seed(options["seed"])
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
     eos = tokenizer.eos_token_id
     model = GPT2LMHeadModel(
         GPT2Config(
