@@ -231,38 +231,6 @@ def _(logprobs, old_logprobs, advantages, mask, clip_range):
     return ppo.policy_loss(old_logprobs, logprobs, advantages, mask, clip_range)
 
 
-@mutant(checks.check_policy_loss, "no mask", "there is no mask")
-def _(logprobs, old_logprobs, advantages, mask, clip_range):
-    every = everywhere(mask)
-    return ppo.policy_loss(logprobs, old_logprobs, advantages, every, clip_range)
-
-
-@mutant(
-    checks.check_policy_loss,
-    "sum divided by all slots",
-    "divided by the number of all slots",
-)
-def _(logprobs, old_logprobs, advantages, mask, clip_range):
-    loss, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
-    return loss * mask.sum() / mask.numel(), stats
-
-
-@mutant(
-    checks.check_policy_loss, "mean of the responses' means", "each response weighs"
-)
-def _(logprobs, old_logprobs, advantages, mask, clip_range):
-    _, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
-    rows = zip(logprobs, old_logprobs, advantages, mask, strict=True)
-    losses = [ppo.policy_loss(*(x[None] for x in r), clip_range)[0] for r in rows]
-    return torch.stack(losses).mean(), stats
-
-
-@mutant(checks.check_policy_loss, "loss without a gradient", "has no gradient")
-def _(*arguments):
-    loss, stats = ppo.policy_loss(*arguments)
-    return loss.detach(), stats
-
-
 @mutant(checks.check_policy_loss, "approx_kl of new against old", "approx_kl is turned")
 def _(logprobs, old_logprobs, advantages, mask, clip_range):
     loss, stats = ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
@@ -321,33 +289,36 @@ def _(*arguments):
     return 2 * loss, stats
 
 
-@mutant(checks.check_value_loss, "no mask", "there is no mask")
-def _(values, old_values, returns, mask, clip_range):
-    return ppo.value_loss(values, old_values, returns, everywhere(mask), clip_range)
+# --- both losses
 
 
-@mutant(checks.check_value_loss, "mean of the responses' means", "each response weighs")
-def _(values, old_values, returns, mask, clip_range):
-    _, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
-    rows = zip(values, old_values, returns, mask, strict=True)
-    losses = [ppo.value_loss(*(x[None] for x in r), clip_range)[0] for r in rows]
-    return torch.stack(losses).mean(), stats
+def around(check, loss):
+    """Mistakes around a loss that is a mean over tokens."""
+
+    @mutant(check, "no mask", "there is no mask")
+    def _(x, old, target, mask, clip_range):
+        return loss(x, old, target, everywhere(mask), clip_range)
+
+    @mutant(check, "sum divided by all slots", "divided by the number of all slots")
+    def _(x, old, target, mask, clip_range):
+        value, stats = loss(x, old, target, mask, clip_range)
+        return value * mask.sum() / mask.numel(), stats
+
+    @mutant(check, "mean of the responses' means", "each response weighs")
+    def _(x, old, target, mask, clip_range):
+        _, stats = loss(x, old, target, mask, clip_range)
+        rows = zip(x, old, target, mask, strict=True)
+        values = [loss(*(part[None] for part in row), clip_range)[0] for row in rows]
+        return torch.stack(values).mean(), stats
+
+    @mutant(check, "loss without a gradient", "has no gradient")
+    def _(*arguments):
+        value, stats = loss(*arguments)
+        return value.detach(), stats
 
 
-@mutant(checks.check_value_loss, "loss without a gradient", "has no gradient")
-def _(*arguments):
-    loss, stats = ppo.value_loss(*arguments)
-    return loss.detach(), stats
-
-
-@mutant(
-    checks.check_value_loss,
-    "sum divided by all slots",
-    "divided by the number of all slots",
-)
-def _(values, old_values, returns, mask, clip_range):
-    loss, stats = ppo.value_loss(values, old_values, returns, mask, clip_range)
-    return loss * mask.sum() / mask.numel(), stats
+around(checks.check_policy_loss, ppo.policy_loss)
+around(checks.check_value_loss, ppo.value_loss)
 
 
 # --- rewards
