@@ -19,9 +19,12 @@ from utils.models import (
     find_artefacts,
     freeze,
     hidden_states,
+    hidden_states_by_length,
+    load_causal_lm,
     position_ids,
     save_artefact,
     vocabulary_logits,
+    vocabulary_weight,
 )
 from utils.settings import TINY
 
@@ -65,6 +68,47 @@ def test_padding_changes_nothing(make, dtype, bound, side):
             alone = model(torch.tensor([row])).logits[0]
             difference = (together[i][mask[i].bool()] - alone).abs().max().item()
             assert difference <= bound
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_grouped_by_length_give_the_same_states(make, side, monkeypatch):
+    monkeypatch.setattr("utils.models.GROUP", 2)
+    trunk, rows = make().double().base_model, [*ROWS, [7, 7, 7]]
+    ids, mask = pad(rows, pad_id=0, side=side)
+    ends = (mask * torch.arange(1, 6)).amax(dim=1)
+    grouped = hidden_states_by_length(trunk, ids, mask, ends)
+    real = mask.bool()
+    torch.testing.assert_close(
+        grouped[real], hidden_states(trunk, ids, mask)[real], atol=1e-9, rtol=0
+    )
+    lengths = []
+    trunk.register_forward_hook(
+        lambda _, args, kwargs, out: lengths.append(out.last_hidden_state.shape[:2]),
+        with_kwargs=True,
+    )
+    hidden_states_by_length(trunk, ids, mask, ends)
+    if side == "right":
+        assert lengths == [(2, 2), (2, 4), (1, 5)]
+
+
+def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
+    gpt2().double().save_pretrained(tmp_path)
+    assert gpt2().config.activation_function == "gelu_new"
+    ids = torch.arange(20)[None]
+    expected = gpt2().double()(ids).logits
+    ours = load_causal_lm(tmp_path).double()
+    assert ours.config.activation_function == "gelu_pytorch_tanh"
+    torch.testing.assert_close(ours(ids).logits, expected, atol=1e-6, rtol=0)
+    trunk = RewardModel.from_pretrained(tmp_path).trunk
+    assert trunk.config.activation_function == "gelu_pytorch_tanh"
+
+
+def test_a_vocabulary_projection_with_a_bias_is_refused():
+    lm = gpt2()
+    lm.lm_head = torch.nn.Linear(16, 20, bias=True)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has a bias; take a model"):
+        vocabulary_weight(lm)
 
 
 def test_reward_head_initialisation():

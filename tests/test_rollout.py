@@ -78,6 +78,20 @@ def test_what_is_sampled_is_the_policy(temperature):
             assert abs(drawn.count(pair) / n - p) <= 4.5 * se
 
 
+def test_a_finished_response_costs_nothing():
+    """Each step runs only the responses that go on, one new token of each."""
+    model, sizes = small_lm(), []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    _, _, mask = sample(model, PROMPTS * 20)
+    # a response of n tokens takes the prompt and its first n - 1 tokens as input
+    going_on = mask[:, 1:].sum(0).tolist()
+    assert sizes[0] == (60, 4)
+    assert sizes[1:] == [(n, 1) for n in going_on]
+
+
 @torch.no_grad()
 def one_by_one(policy, ids, attention, mask):
     """Log-probabilities and values of each response alone, without any padding."""

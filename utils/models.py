@@ -8,9 +8,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+GROUP = 32  # texts that run through the trunk together, where lengths differ much
 NOTEBOOK_OF = {"sft": "1", "reward_model": "2", "policy": "3"}
+
+
+def load_config(name: str):
+    """The configuration of a model, with GPT-2's activation function as one operation.
+
+    `gelu_new` is computed in eight steps, each of which keeps its result for the
+    backward pass; `gelu_pytorch_tanh` is the same function in one.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
 
 
 def load_causal_lm(name: str, device="cpu"):
@@ -19,7 +32,10 @@ def load_causal_lm(name: str, device="cpu"):
     float32 weights also where the trunk computes in half precision: the optimiser's
     small steps would be lost in the rounding of half-precision weights.
     """
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    lm = AutoModelForCausalLM.from_pretrained(
+        name, config=load_config(name), dtype=torch.float32
+    )
+    return lm.to(device)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -48,14 +64,56 @@ def hidden_states(
     ).last_hidden_state
 
 
+def hidden_states_by_length(
+    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, ends: Tensor
+) -> Tensor:
+    """The same for texts of very different lengths, without most of the padding.
+
+    `ends` (B,) says where each text ends, best in the CPU's memory, so that a GPU need
+    not be waited for. GROUP texts of like length run at a time, up to the end of the
+    longest; what lies behind is 0.
+    """
+    length, device = input_ids.shape[1], input_ids.device
+    # Looked up at once: a backward pass through this fills a whole (V, d) gradient
+    embedded = trunk.get_input_embeddings()(input_ids)
+    order, states = ends.argsort(), []
+    for group in order.split(GROUP):
+        end = int(ends[group[-1]])
+        group = group.to(device, non_blocking=True)
+        mask = attention_mask[group, :end]
+        output = trunk(
+            inputs_embeds=embedded[group, :end],
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+        )
+        states.append(F.pad(output.last_hidden_state, (0, 0, 0, length - end)))
+    back = order.argsort().to(device, non_blocking=True)
+    return torch.cat(states)[back]
+
+
+def vocabulary_weight(lm: nn.Module) -> Tensor:
+    """The matrix (V, d) that turns a hidden state into logits.
+
+    Raises ValueError if the model adds a bias, which GPT-2's and Llama's kind do not.
+    """
+    head = lm.get_output_embeddings()
+    if head.bias is not None:
+        raise ValueError(
+            f"the vocabulary projection of {type(lm).__name__} has a bias; "
+            "take a model without one, such as gpt2"
+        )
+    return head.weight
+
+
 def vocabulary_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     """The language model's logits (..., V) for hidden states (..., d).
 
     In the precision of the weights (float32), whatever the trunk computed in.
     """
-    head = lm.get_output_embeddings()
+    weight = vocabulary_weight(lm)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+        return F.linear(hidden.to(weight.dtype), weight)
 
 
 class RewardHead(nn.Linear):
@@ -106,7 +164,8 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str) -> "RewardModel":
         """A saved reward model, or the trunk of `name` under a fresh head."""
-        model = cls(AutoModel.from_pretrained(name, dtype=torch.float32))
+        config = load_config(name)
+        model = cls(AutoModel.from_pretrained(name, config=config, dtype=torch.float32))
         head_file = Path(name) / cls.HEAD_FILE
         if head_file.exists():
             model.head.load_state_dict(load_file(head_file))

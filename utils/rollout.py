@@ -5,10 +5,39 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.models import hidden_states, position_ids, vocabulary_logits
-from utils.ppo import token_logprobs
+from utils.models import (
+    hidden_states_by_length,
+    position_ids,
+    vocabulary_logits,
+    vocabulary_weight,
+)
+from utils.ppo import linear_logprobs
+
+
+def draw_tokens(
+    lm: nn.Module,
+    hidden: Tensor,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token (N,) from the distribution that follows each hidden state (N, d).
+
+    The probabilities stand end to end on a line of length 1; where a random number
+    falls, there is the token. `torch.multinomial` draws a random number for each word
+    of the vocabulary instead, which takes a CPU longer than the projection.
+    """
+    tokens = []
+    for rows in hidden.split(64):  # few enough for their logits to stay in the cache
+        probs = torch.softmax(vocabulary_logits(lm, rows) / temperature, dim=-1)
+        ends = probs.cumsum(dim=-1, dtype=torch.float64)
+        places = torch.rand(
+            (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
+        )
+        tokens.append(torch.searchsorted(ends, places * ends[:, -1:], right=True))
+    return torch.cat(tokens).squeeze(1)
 
 
 @torch.no_grad()
@@ -26,31 +55,38 @@ def sample_responses(
     Returns input_ids and attention_mask (B, P + T), and the response mask (B, T), 1
     up to and including EOS, where T is the longest response. Nothing is cut from the
     distribution (no top-k, no top-p, no minimum length), so that what PPO takes for
-    pi_old is what was sampled. Keys and values are cached: each step runs one token.
+    pi_old is what was sampled. Keys and values are cached: each step runs one token
+    of each response that is not finished.
     """
-    input_ids, attention_mask = prompt_ids, prompt_mask
-    step_ids, cache = prompt_ids, None
-    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-    for _ in range(max_new_tokens):
+    width = prompt_ids.shape[1]
+    input_ids = F.pad(prompt_ids, (0, max_new_tokens), value=eos_id)
+    attention_mask = F.pad(prompt_mask, (0, max_new_tokens))
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)  # not finished
+    start, cache = 0, None
+    for end in range(width, width + max_new_tokens):
+        mask = attention_mask[rows, :end]
         output = lm.base_model(
-            input_ids=step_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask)[:, -step_ids.shape[1] :],
+            input_ids=input_ids[rows, start:end],
+            attention_mask=mask,
+            position_ids=position_ids(mask)[:, start:],
             past_key_values=cache,
             use_cache=True,
         )
-        cache = output.past_key_values
-        # Finished rows are filled with EOS; only the others are projected and drawn
-        logits = vocabulary_logits(lm, output.last_hidden_state[alive, -1])
-        probs = torch.softmax(logits / temperature, dim=-1)
-        step_ids = torch.full_like(alive, eos_id, dtype=torch.long).unsqueeze(1)
-        step_ids[alive] = torch.multinomial(probs, 1, generator=generator)
-        input_ids = torch.cat([input_ids, step_ids], dim=1)
-        attention_mask = torch.cat([attention_mask, alive.long().unsqueeze(1)], dim=1)
-        alive = alive & (step_ids.squeeze(1) != eos_id)
-        if not alive.any():
+        hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+        tokens = draw_tokens(lm, hidden, temperature, generator)
+        input_ids[rows, end], attention_mask[rows, end] = tokens, 1
+        start, alive = end, (tokens != eos_id).nonzero().squeeze(1)
+        if len(alive) == 0:
             break
-    return input_ids, attention_mask, attention_mask[:, prompt_ids.shape[1] :]
+        if len(alive) < len(rows):
+            rows = rows[alive]
+            cache.batch_select_indices(alive)
+    length = end + 1
+    return (
+        input_ids[:, :length],
+        attention_mask[:, :length],
+        attention_mask[:, width:length],
+    )
 
 
 def response_hidden_states(
@@ -62,7 +98,10 @@ def response_hidden_states(
     before each token is chosen, are read one place earlier: at c - 1 ... c + T - 2.
     """
     start = input_ids.shape[1] - mask.shape[1]
-    return hidden_states(lm.base_model, input_ids, attention_mask)[:, start - 1 : -1]
+    ends = start + mask.sum(dim=1)
+    trunk = lm.base_model
+    hidden = hidden_states_by_length(trunk, input_ids, attention_mask, ends)
+    return hidden[:, start - 1 : -1]
 
 
 def response_logprobs(
@@ -77,11 +116,13 @@ def response_logprobs(
     `hidden` comes from `response_hidden_states`. The projection to the vocabulary is
     most of the arithmetic, so it is made for real response tokens only.
     """
-    real = mask.bool()
-    labels = input_ids[:, -mask.shape[1] :][real]
-    logits = vocabulary_logits(lm, hidden[real])
-    out = torch.zeros(mask.shape, dtype=logits.dtype, device=logits.device)
-    return out.masked_scatter(real, token_logprobs(logits, labels, temperature))
+    real = mask.flatten().nonzero().squeeze(1).to(hidden.device, non_blocking=True)
+    labels = input_ids[:, -mask.shape[1] :].flatten()[real]
+    weight = vocabulary_weight(lm)
+    hidden = hidden.flatten(0, 1)[real]
+    logprobs = linear_logprobs(hidden, weight, labels, temperature)
+    out = torch.zeros(mask.numel(), dtype=logprobs.dtype, device=logprobs.device)
+    return out.index_copy(0, real, logprobs).view(mask.shape)
 
 
 @dataclass
@@ -128,13 +169,19 @@ class Rollout:
         if not self.scores.isfinite().all():
             bad = self.scores[~self.scores.isfinite()][0].item()
             raise ValueError(f"a score is {bad}; check the reward model and its inputs")
+        self.host_mask = self.mask.cpu()  # tells lengths without waiting for a GPU
 
     def __len__(self):
         return len(self.mask)
 
-    def rows(self, index) -> "Rollout":
-        """Some of the responses; their checks were made when the rollout was."""
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some of the responses; their checks were made when the rollout was.
+
+        An `index` in the CPU's memory keeps a GPU from being waited for.
+        """
         part = copy.copy(self)
+        part.host_mask = self.host_mask[index.cpu()]
+        index = index.to(self.mask.device, non_blocking=True)
         for field in dataclasses.fields(self):
             setattr(part, field.name, getattr(self, field.name)[index])
         return part
@@ -150,11 +197,13 @@ def evaluate_responses(
     """Log-probabilities and values (B, T) of the response tokens under a policy.
 
     The one forward function of PPO: the old log-probabilities and the new ones both
-    come from it, so that their ratio is 1 until the first optimiser step.
+    come from it, so that their ratio is 1 until the first optimiser step. A mask in
+    the CPU's memory (`Rollout.host_mask`) keeps a GPU from being waited for.
     """
     hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
     logprobs = response_logprobs(policy.lm, hidden, input_ids, mask, temperature)
-    return logprobs, policy.value_head(hidden).masked_fill(~mask.bool(), 0)
+    outside = ~mask.bool().to(hidden.device, non_blocking=True)
+    return logprobs, policy.value_head(hidden).masked_fill(outside, 0)
 
 
 def has_ended(input_ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:

@@ -601,30 +601,46 @@ def check_lm_labels(function, seed: int = 0) -> Result:
     )
 
 
-class _Model(nn.Module):
-    """A causal language model of two tables, called like those of transformers.
-
-    The hidden state at a place depends on its position and on all tokens up to it, so
-    that a place too far to either side shows.
+class _Trunk(nn.Module):
+    """The hidden state at a place depends on its position and on all tokens up to it,
+    so that a place too far to either side shows.
     """
+
+    def __init__(self, words, places):
+        super().__init__()
+        self.words, self.places = nn.Embedding.from_pretrained(words), places
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        **_,
+    ):
+        words = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is None:
+            attention_mask = torch.ones(words.shape[:2])
+        if position_ids is None:
+            position_ids = torch.arange(words.shape[1]).expand(words.shape[:2])
+        seen = (words * attention_mask[..., None]).cumsum(dim=1)
+        hidden = torch.tanh(seen / 2 + self.places[position_ids])
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    def get_input_embeddings(self):
+        return self.words
+
+
+class _Model(nn.Module):
+    """A causal language model of tables, called like those of transformers."""
 
     def __init__(self, case, n_words, size, n_places):
         super().__init__()
-        self.words, self.places = (
-            case.normal(n_words, size),
-            case.normal(n_places, size),
+        self.base_model = _Trunk(
+            case.normal(n_words, size), case.normal(n_places, size)
         )
         self.head = nn.Linear(size, n_words, bias=False, dtype=torch.float64)
         self.head.weight.data = case.normal(n_words, size)
-
-    def base_model(self, input_ids, attention_mask=None, position_ids=None, **_):
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        seen = (self.words[input_ids] * attention_mask[..., None]).cumsum(dim=1)
-        hidden = torch.tanh(seen / 2 + self.places[position_ids])
-        return SimpleNamespace(last_hidden_state=hidden)
 
     def forward(self, *arguments, **options):
         hidden = self.base_model(*arguments, **options).last_hidden_state

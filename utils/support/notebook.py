@@ -16,10 +16,11 @@ def show_source(thing) -> Markdown:
     return Markdown(f"```python\n{inspect.getsource(thing)}```")
 
 
-def import_cells(notebook: str, *cell_ids: str) -> dict:
+def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> dict:
     """Run a notebook's imports and the cells with these ids; the names they define.
 
-    Raises KeyError, listing the cells there are, if one is missing.
+    `names` is what they may take from other cells. Raises KeyError, listing the cells
+    there are, if one is missing.
     """
     cells = nbformat.read(ROOT / notebook, as_version=4).cells
     sources = {cell.id: cell.source for cell in cells if cell.cell_type == "code"}
@@ -34,6 +35,7 @@ def import_cells(notebook: str, *cell_ids: str) -> dict:
     ]
     namespace = {}
     exec(compile(ast.Module(imports, []), notebook, "exec"), namespace)
+    namespace.update(names or {})
     for cell_id in cell_ids:
         exec(compile(sources[cell_id], f"{notebook}#{cell_id}", "exec"), namespace)
     return namespace

@@ -74,7 +74,7 @@ def _no_kl(rollout, half):
 
 
 def _padding(policy, rollout, settings):
-    batch = rollout.rows(slice(0, 8))
+    batch = rollout.rows(torch.arange(min(8, len(rollout))))
     texts = (batch.input_ids, batch.attention_mask, batch.mask)
     together, _ = evaluate_responses(policy, *texts, settings.temperature)
     worst = 0.0
@@ -113,18 +113,18 @@ def memory_needed(policy, settings) -> float:
     """What PPO needs beside the loaded models, in bytes: an estimate from above.
 
     A gradient and AdamW's two moments for each weight of the policy; and the larger of
-    the key-value cache of a rollout, and the update of a micro-batch: three copies of
-    its logits, and what GPT-2's trunk keeps for the backward pass, 30 numbers for each
-    token, layer and dimension (counted with torch.autograd.graph.saved_tensors_hooks;
-    20 of them belong to its activation function). Numbers of 4 bytes throughout.
+    the key-value cache of a rollout, and the update of a micro-batch: what GPT-2's
+    trunk keeps for the backward pass, 16 numbers for each token, layer and dimension
+    (counted with torch.autograd.graph.saved_tensors_hooks), one tensor of logits, and
+    two gradients of the size of the vocabulary. Numbers of 4 bytes throughout.
     """
     config = policy.lm.config
     layers, size = config.num_hidden_layers, config.hidden_size
     tokens = settings.prompt_max_tokens + settings.max_new_tokens
     cache = settings.ppo_rollout_size * tokens * layers * 2 * size
     rows = settings.ppo_micro_batch_size
-    activations = rows * tokens * size * (30 * layers + 2)
-    logits = 3 * rows * settings.max_new_tokens * config.vocab_size
+    activations = rows * tokens * size * (16 * layers + 4)
+    logits = (rows * settings.max_new_tokens + 2 * size) * config.vocab_size
     weights = sum(p.numel() for p in policy.parameters())
     return 4 * (3 * weights + max(cache, activations + logits))
 

@@ -1,0 +1,82 @@
+"""The loops of the notebooks: their own cells, with a clock around them."""
+
+import contextlib
+import dataclasses
+import io
+import time
+import unittest.mock
+
+import torch
+
+from benchmarks.work import peak_memory
+from utils.models import load_causal_lm
+from utils.settings import grad_scaler
+from utils.support.notebook import import_cells
+
+
+def ppo(work, watch):
+    """`collect_rollout` and `ppo_update` of notebook 3."""
+    cells = ("fresh-policy", "collect-rollout", "ppo-update")
+    loop, settings = import_cells("3-RLHF.ipynb", *cells), work.settings
+    sample, score = loop["sample_responses"], work.score
+    loop["sample_responses"] = watch.timed("generate", sample)
+    score = watch.timed("score", score)
+    collect = watch.timed("log-probs", loop["collect_rollout"])
+    update = watch.timed("update", loop["ppo_update"])
+    lm = load_causal_lm(work.model, work.device)
+    policy, optimizer, decay = loop["fresh_policy"](lm, settings)
+    scaler = grad_scaler(settings, work.device)
+    generator = torch.Generator(work.device).manual_seed(work.seed)
+    for step in range(settings.ppo_steps):
+        prompts, beta = work.prompts_of(step), settings.kl_coef
+        models = (policy, work.reference, score)
+        rollout = collect(*models, prompts, work.stop_id, settings, beta, generator)
+        stats = update(policy, optimizer, scaler, rollout, settings, generator)
+        off = (stats["ratio_max"][0] - 1).abs().item()
+        watch.first_ratio = max(watch.first_ratio, off)
+        decay.step()
+        watch.rollout_done(policy.lm)
+
+
+def train_as_in(notebook, cells, work, trained, **names):
+    """Run the training cell of a notebook, with all that it takes from others."""
+    seconds = []
+
+    def clock(batches, **_):
+        started = time.perf_counter()
+        yield from batches
+        seconds.append(time.perf_counter() - started)
+
+    settings = dataclasses.replace(work.settings, model_name=work.model)
+    names |= {"settings": settings, "device": work.device}
+    names["tokenizer"] = work.tokenizer
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, unittest.mock.patch("tqdm.tqdm", clock):  # imported by the cell
+        model = import_cells(notebook, *cells, names=names)["model"]
+    if trained:
+        model.save_pretrained(trained)
+        work.tokenizer.save_pretrained(trained)
+    return {"seconds": seconds[-1], "memory": peak_memory(work.device)}
+
+
+def sft(work, rows, trained=None):
+    """The training cell of notebook 1; the model is kept in `trained`."""
+    kept = {"train": [row for row, _ in rows], "validation": [rows[0][0]]}
+    cells = ("batch-loss", "validate", "train-prepare", "train")
+    return train_as_in(
+        *("1-SFT.ipynb", cells, work, trained), kept=kept, model=work.reference
+    )
+
+
+def rm(work, rows, trained=None):
+    """The training cell of notebook 2; the model is kept in `trained`."""
+    splits = {"train": rows, "validation": rows[:1]}
+    return train_as_in(
+        *("2-RM Training.ipynb", ("model", "scores", "validate", "train")),
+        *(work, trained),
+        rows={name: [row for row, _ in some] for name, some in splits.items()},
+        labels={
+            name: torch.tensor([float(y) for _, y in some])
+            for name, some in splits.items()
+        },
+    )
