@@ -18,10 +18,12 @@ import torch
 
 from benchmarks import report
 from benchmarks.ceiling import ceiling
+from benchmarks.ours import first_ratio
 from benchmarks.work import Work, build_default, run_ppo
 from utils.settings import FULL
 
 PARTS = ("ppo", "supervised", "growth", "quality")
+ALSO = {"ppo": ("ceiling",), "quality": ("trained", "first_ratio")}  # what they add
 LOOPS = ("ours", "naive", "peers")
 SEED_NOTEBOOK = {  # the settings of the notebooks that this series is built on
     "ppo_lr": 1e-5,
@@ -167,6 +169,14 @@ def measure_quality(all_found, base, rounds, folder):
         "peers": ours,
     }
     work = dataclasses.replace(base, model=trained["sft"], reward_model=trained["rm"])
+    for precision in ("float32", *(("bfloat16",) if bfloat16_is_fast() else ())):
+        own = dataclasses.replace(work.settings, precision=precision)
+        all_found.add(
+            *("first_ratio", precision),
+            title=f"first ratio, {precision}",
+            function=first_ratio,
+            arguments=(dataclasses.replace(work, settings=own),),
+        )
     for number in range(rounds):
         limit = float("inf")
         for name in LOOPS:
@@ -212,7 +222,7 @@ def main():
         "growth": (measure_growth, arguments.episodes),
     }
     for part in arguments.parts:
-        for old in (part, *(("ceiling",) if part == "ppo" else ())):
+        for old in (part, *ALSO.get(part, ())):
             all_found.found.pop(old, None)
         measure, option = options[part]
         measure(all_found, base, arguments.rounds, option)

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.work import peak_memory
 from utils.models import load_causal_lm
-from utils.settings import grad_scaler
+from utils.rollout import evaluate_responses
+from utils.settings import autocast, grad_scaler, seed_everything
 from utils.support.notebook import import_cells
 
 
@@ -31,11 +32,33 @@ def ppo(work, watch):
         prompts, beta = work.prompts_of(step), settings.kl_coef
         models = (policy, work.reference, score)
         rollout = collect(*models, prompts, work.stop_id, settings, beta, generator)
-        stats = update(policy, optimizer, scaler, rollout, settings, generator)
-        off = (stats["ratio_max"][0] - 1).abs().item()
-        watch.first_ratio = max(watch.first_ratio, off)
+        update(policy, optimizer, scaler, rollout, settings, generator)
         decay.step()
         watch.rollout_done(policy.lm)
+
+
+@torch.no_grad()
+def first_ratio(work):
+    """The largest |ratio - 1| before the first step, over shuffled minibatches."""
+    loop = import_cells("3-RLHF.ipynb", "fresh-policy", "collect-rollout")
+    seed_everything(work.seed)
+    settings, worst = work.settings, 0.0
+    lm = load_causal_lm(work.model, work.device)
+    policy = loop["fresh_policy"](lm, settings)[0]
+    generator = torch.Generator(work.device).manual_seed(work.seed)
+    models = (policy, work.reference, work.score)
+    options = (work.stop_id, settings, settings.kl_coef, generator)
+    rollout = loop["collect_rollout"](*models, work.prompts_of(0), *options)
+    for index in torch.randperm(len(rollout)).split(settings.ppo_minibatch_size):
+        part = rollout.rows(index)
+        with autocast(settings, work.device):
+            logprobs, _ = evaluate_responses(
+                *(policy, part.input_ids, part.attention_mask, part.host_mask),
+                settings.temperature,
+            )
+        off = ((logprobs - part.old_logprobs).exp() - 1).abs().max().item()
+        worst = max(worst, off)
+    return worst
 
 
 def train_as_in(notebook, cells, work, trained, **names):

@@ -139,13 +139,6 @@ def ppo_table(found) -> str:
         f"{shares['products_seconds']} % of the update's time; into memory that is "
         f"ready, {shares['products_seconds_ready']} %.",
     ]
-    if "bfloat16" in runs:
-        worst = max(run["first_ratio"] for run in runs["bfloat16"])
-        best = max(run["first_ratio"] for run in runs["ours"])
-        text.append(
-            f"\nLargest error of a first ratio: {best:.0e} in float32, "
-            f"{worst:.0e} with a bfloat16 trunk."
-        )
     return "\n".join(text)
 
 
@@ -184,7 +177,14 @@ def quality_table(found) -> str:
                 cells.append(f"{statistics.median(against):.1f}")
             rows.append(cells)
     head = ["reward reached", "seconds", "episodes", "KL [nats]", "times ours"]
-    return "### Time to quality\n\n" + table(head, rows)
+    ratios = " and ".join(
+        f"{worst:.0e} in {precision}"
+        for precision, (worst,) in found["first_ratio"].items()
+    )
+    return (
+        f"### Time to quality\n\n{table(head, rows)}\n\n"
+        f"Largest error of a ratio before the first step, over one rollout: {ratios}."
+    )
 
 
 def supervised_table(found) -> str:
@@ -227,20 +227,22 @@ def growth_table(found) -> str:
             8 * t / n / seconds(run, 8)
             for t, run in zip(times, runs[small], strict=True)
         ]
-        rows.append((n * small, small, times, shares, runs[small]))
+        peaks = [run["peaks"][n] for run in runs[small]]
+        rows.append((n * small, small, times, shares, peaks))
     base = [seconds(run, 4) for run in runs[small]]
     for size, some in runs.items():
         if size != small:
             times = [seconds(run, 4 * small // size) for run in some]
             shares = [t / b for t, b in zip(times, base, strict=True)]
-            rows.append((4 * small, size, times, shares, some))
+            peaks = [run["memory"] for run in some]
+            rows.append((4 * small, size, times, shares, peaks))
     lines = [
         [
             *(f"{episodes} in rollouts of {size}", middle(times)),
             f"{statistics.median(shares):.2f}",
-            f"{statistics.median(run['memory'] for run in some):.2f}",
+            f"{statistics.median(peaks):.2f}",
         ]
-        for episodes, size, times, shares, some in rows
+        for episodes, size, times, shares, peaks in rows
     ]
     head = ["episodes", "seconds", "1 is in proportion", "peak memory [GiB]"]
     return "### Growth\n\n" + table(head, lines)
@@ -283,8 +285,8 @@ def plot(found, file):
     figure.savefig(file, dpi=120)
 
 
-def write(found, folder) -> str:
-    """Write `compare.md` and `compare.png`; returns the text."""
+def text_of(found) -> str:
+    """All tables that there are numbers for."""
     machine, model = found["machine"], found["model"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     text = [
@@ -299,7 +301,12 @@ def write(found, folder) -> str:
         "growth": growth_table,
     }
     text += [make(found) for part, make in tables.items() if part in found]
-    text = "\n\n".join(text) + "\n"
+    return "\n\n".join(text) + "\n"
+
+
+def write(found, folder) -> str:
+    """Write `compare.md` and `compare.png`; returns the text."""
+    text = text_of(found)
     (folder / "compare.md").write_text(text)
     if "ppo" in found and "quality" in found:
         plot(found, folder / "compare.png")

@@ -98,6 +98,8 @@ class Work:
     def rows(self, split, n, min_tokens=2):
         """Token ids and labels of the first n long enough reviews of a split."""
         reviews, settings = self.reviews[split], self.settings
+        if n:  # some are too short
+            reviews = reviews.select(range(min(4 * n, len(reviews))))
         ids = tokenize(reviews["sentence"], self.tokenizer, settings.max_tokens)
         pairs = zip(ids, reviews["label"], strict=True)
         return [(row, y) for row, y in pairs if len(row) >= min_tokens][:n]
@@ -202,9 +204,9 @@ class Watch:
     every: int = 0
     goal: float = 2.0
     limit: float = float("inf")
-    first_ratio: float = 0.0  # how far the worst first ratio of an update was from 1
     done: list = dataclasses.field(default_factory=list)  # Counter of each rollout
     judged: list = dataclasses.field(default_factory=list)
+    peaks: list = dataclasses.field(default_factory=list)  # GiB, after each rollout
 
     def __post_init__(self):
         self.phase, self.phases, self.since = "log-probs", Counter(), self.now()
@@ -256,6 +258,7 @@ class Watch:
         """One rollout and its update are done."""
         self.switch("log-probs")
         self.done.append(self.phases)
+        self.peaks.append(peak_memory(self.work.device))
         if self.every and self.episodes % self.every == 0:
             self.look(lm)
         at_goal = self.judged and self.judged[-1]["reward"] >= self.goal
@@ -268,8 +271,8 @@ class Watch:
         return {
             "rollouts": [dict(phases) for phases in self.done],
             "judged": self.judged,
-            "first_ratio": self.first_ratio,
-            "memory": peak_memory(self.work.device),
+            "memory": self.peaks[-1],
+            "peaks": self.peaks,
         }
 
 

@@ -720,7 +720,7 @@ change_loop(
 )
 change_loop(
     "ppo-update",
-    "loss * mask.sum() / n_tokens",
+    "loss * part.host_mask.sum() / n_tokens",
     "loss * len(index) / len(minibatch)",
     "micro-batches weigh by rows",
     test_loop.test_micro_batches_make_the_same_step,

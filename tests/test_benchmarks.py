@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import report
 from benchmarks.compare import LOOPS, loop, supervised
+from benchmarks.ours import first_ratio
 from benchmarks.work import Enough, Watch, Work
 from utils.data import load_tokenizer
+from utils.rollout import evaluate_responses
 from utils.settings import FULL
+from utils.support.notebook import ROOT
 
+RESULTS = ROOT / "benchmarks" / "results"
 SETTINGS = dataclasses.replace(
     FULL,
     ppo_episodes=32,
@@ -74,6 +79,17 @@ def test_no_response_ends_where_the_stop_token_is_never_written(work):
         assert mask.sum(1).tolist() == [5] * len(mask)
 
 
+def test_the_error_of_the_first_ratio(work, monkeypatch):
+    assert first_ratio(work) < 1e-5
+
+    def a_hundredth_off(*arguments):
+        logprobs, values = evaluate_responses(*arguments)
+        return logprobs - 0.01, values
+
+    monkeypatch.setattr("benchmarks.ours.evaluate_responses", a_hundredth_off)
+    assert first_ratio(work) == pytest.approx(1 - math.exp(-0.01), rel=1e-3)
+
+
 def test_a_watch_gives_each_second_to_one_phase(work, monkeypatch):
     time = iter(range(100))
     monkeypatch.setattr(Watch, "now", lambda self: next(time))
@@ -95,7 +111,6 @@ def run(seconds, memory=1.0):
             {"generate": seconds / 4, "update": seconds / 2},
         ],
         "memory": memory,
-        "first_ratio": 2e-6,
     }
 
 
@@ -148,7 +163,8 @@ def test_the_time_to_quality_by_hand():
             "ours": [judged(0.0, 0.55, 0.85)] * 3,
             "naive": [judged(0.0, 0.1, 0.2, 0.3, 0.4, seconds=20)] * 3,
             "peers": [judged(0.0, 0.4, 0.6, 0.7, 0.8, seconds=15)] * 3,
-        }
+        },
+        "first_ratio": {"float32": [2e-6], "bfloat16": [0.012]},
     }
     lines = report.quality_table(found).splitlines()
     assert "| 0.5, notebook | 10.0 (10.0 to 10.0) | 256 (256 to 256) | 0.1" in lines[4]
@@ -156,12 +172,14 @@ def test_the_time_to_quality_by_hand():
     assert lines[5].endswith("over 8.0 |")
     assert "| 0.5, TRL 1.12.0 | 30.0 (30.0 to 30.0) | 512" in lines[6]
     assert lines[6].endswith("| 3.0 |") and lines[9].endswith("| 3.0 |")
+    assert lines[-1].endswith("one rollout: 2e-06 in float32 and 1e-02 in bfloat16.")
 
 
 def test_growth_by_hand():
     def run(*seconds, memory):
         rollouts = [{"update": 50.0}, *({"update": s} for s in seconds)]
-        return {"rollouts": rollouts, "memory": memory}
+        peaks = [memory + i / 100 for i in range(len(rollouts))]
+        return {"rollouts": rollouts, "memory": peaks[-1], "peaks": peaks}
 
     found = {
         "growth": {
@@ -171,11 +189,18 @@ def test_growth_by_hand():
         }
     }
     lines = report.growth_table(found).splitlines()[4:]
-    assert lines[0] == "| 64 in rollouts of 64 | 1.0 | 0.94 | 2.00 |"
-    assert lines[2] == "| 256 in rollouts of 64 | 4.5 | 1.06 | 2.00 |"
-    assert lines[3] == "| 512 in rollouts of 64 | 8.5 | 1.00 | 2.00 |"
-    assert lines[4] == "| 256 in rollouts of 128 | 5.4 | 1.20 | 3.00 |"
-    assert lines[5] == "| 256 in rollouts of 256 | 4.5 | 1.00 | 4.00 |"
+    assert lines[0] == "| 64 in rollouts of 64 | 1.0 | 0.94 | 2.01 |"
+    assert lines[2] == "| 256 in rollouts of 64 | 4.5 | 1.06 | 2.04 |"
+    assert lines[3] == "| 512 in rollouts of 64 | 8.5 | 1.00 | 2.08 |"
+    assert lines[4] == "| 256 in rollouts of 128 | 5.4 | 1.20 | 3.02 |"
+    assert lines[5] == "| 256 in rollouts of 256 | 4.5 | 1.00 | 4.01 |"
+
+
+def test_the_readme_quotes_what_was_measured():
+    measured = json.loads((RESULTS / "compare.json").read_text())
+    text = (RESULTS / "compare.md").read_text()
+    assert report.text_of(measured) == text
+    assert text.strip() in (ROOT / "README.md").read_text()
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path):

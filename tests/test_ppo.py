@@ -114,6 +114,8 @@ def test_linear_logprobs_near_gpt2s_logits_and_from_half_precision():
     torch.testing.assert_close(got.double(), exact, atol=3e-5, rtol=0)
     got.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16 and hidden.grad.abs().sum() > 0
+    half = ppo.linear_logprobs(hidden, weight.bfloat16(), labels)
+    assert half.dtype == torch.float32
 
 
 def test_linear_logprobs_keeps_one_tensor_of_the_size_of_the_logits():

@@ -67,14 +67,14 @@ def hidden_states(
 def hidden_states_by_length(
     trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, ends: Tensor
 ) -> Tensor:
-    """The same for texts of very different lengths, without most of the padding.
+    """Hidden states (B, L, d) of texts whose lengths differ, with little padding.
 
-    `ends` (B,) says where each text ends, best in the CPU's memory, so that a GPU need
-    not be waited for. GROUP texts of like length run at a time, up to the end of the
-    longest; what lies behind is 0.
+    Texts of like length run together, GROUP at a time, up to the end of the longest;
+    what lies behind it is 0. `ends` (B,) says where each text ends, best in the CPU's
+    memory, so that a GPU need not be waited for.
     """
     length, device = input_ids.shape[1], input_ids.device
-    # Looked up at once: a backward pass through this fills a whole (V, d) gradient
+    # For all groups at once: each backward pass of a lookup fills a (V, d) gradient
     embedded = trunk.get_input_embeddings()(input_ids)
     order, states = ends.argsort(), []
     for group in order.split(GROUP):

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ("1-SFT.ipynb", "2-RM Training.ipynb", "3-RLHF.ipynb")
 
 
-def show_source(thing) -> Markdown:
-    """The source of a function or class, for display in a notebook."""
-    return Markdown(f"```python\n{inspect.getsource(thing)}```")
+def show_source(*things) -> Markdown:
+    """The source of functions or classes, for display in a notebook."""
+    return Markdown("```python\n" + "\n\n".join(map(inspect.getsource, things)) + "```")
 
 
 def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> dict:
