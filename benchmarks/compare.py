@@ -25,6 +25,7 @@ from utils.settings import FULL
 PARTS = ("ppo", "supervised", "growth", "quality")
 ALSO = {"ppo": ("ceiling",), "quality": ("trained", "first_ratio")}  # what they add
 LOOPS = ("ours", "naive", "peers")
+TRAINING_ROWS = 16_000  # of SFT and reward model, before the time to quality
 SEED_NOTEBOOK = {  # the settings of the notebooks that this series is built on
     "ppo_lr": 1e-5,
     "value_head_lr": 1e-5,
@@ -159,7 +160,7 @@ def measure_quality(all_found, base, rounds, folder):
             *("trained", kind),
             title=f"{kind} for the time to quality",
             function=supervised,
-            arguments=("ours", kind, base, None, place),
+            arguments=("ours", kind, base, TRAINING_ROWS, place),
         )
     held_out = {"eval_prompts": 512}
     ours = dataclasses.replace(base.settings, **held_out)

@@ -17,6 +17,7 @@ NAMES = {"ours": "notebook", "naive": "naive loop", "peers": "TRL 1.12.0"}
 TRAINERS = {**NAMES, "peers": "transformers.Trainer"}
 PHASES = ("generate", "score", "log-probs", "update")
 COLOURS = {"ours": "#3b6fb6", "naive": "#8a8a8a", "peers": "#c8553d"}
+SHADES = ("#9ec3ea", "#f0b9a8", "#d0d0d0", "#3b6fb6")  # of the phases
 GOALS = (0.5, 0.8)
 
 
@@ -248,40 +249,62 @@ def growth_table(found) -> str:
     return "### Growth\n\n" + table(head, lines)
 
 
-def plot(found, file):
-    """Phases side by side, and the way to quality."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+def plot_phases(axis, found):
+    """Where the time of PPO goes."""
     bottoms = [0.0] * len(NAMES)
-    shades = ("#9ec3ea", "#f0b9a8", "#d0d0d0", "#3b6fb6")
-    for phase, shade in zip(PHASES, shades, strict=True):
+    for phase, shade in zip(PHASES, SHADES, strict=True):
         heights = [
-            statistics.median(
-                per_1000(found, run, [phase]) for run in found["ppo"][name]
-            )
+            statistics.median(per_1000(found, r, [phase]) for r in found["ppo"][name])
             for name in NAMES
         ]
-        left.bar(
+        axis.bar(
             list(NAMES.values()), heights, bottom=bottoms, color=shade, label=phase
         )
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    left.set(title="PPO: where the time goes", ylabel="seconds per 1,000 episodes")
-    left.legend(frameon=False)
+    axis.set(title="PPO: where the time goes", ylabel="seconds per 1,000 episodes")
+    axis.legend(frameon=False)
+
+
+def plot_quality(axis, found):
+    """The reward over time, run by run."""
     for name, runs in found["quality"].items():
-        for number, judged in enumerate(run["judged"] for run in runs):
-            x = [place["seconds"] for place in judged]
-            y = [place["reward"] for place in judged]
+        for number, run in enumerate(runs):
+            x = [place["seconds"] for place in run["judged"]]
+            y = [place["reward"] for place in run["judged"]]
             label = NAMES[name] if number == 0 else None
-            right.plot(x, y, color=COLOURS[name], label=label, marker=".", alpha=0.8)
+            axis.plot(x, y, color=COLOURS[name], label=label, marker=".", alpha=0.8)
     for goal in GOALS:
-        right.axhline(goal, color="#8a8a8a", linestyle=":", linewidth=1)
-    right.set(
-        title="Time to quality",
-        xlabel="seconds",
-        ylabel="mean reward, held-out prompts",
+        axis.axhline(goal, color="#8a8a8a", linestyle=":", linewidth=1)
+    axis.set(title="Time to quality", xlabel="seconds", ylabel="mean held-out reward")
+    axis.legend(frameon=False)
+
+
+def plot_growth(axis, found):
+    """Seconds against episodes."""
+    size = min(map(int, found["growth"]))
+    for number, run in enumerate(found["growth"][str(size)]):
+        seconds = [sum(rollout.values()) for rollout in run["rollouts"][1:]]
+        x = [size * n for n in range(len(seconds) + 1)]
+        label = "notebook" if number == 0 else None
+        y = [sum(seconds[:n]) for n in range(len(x))]
+        axis.plot(x, y, color=COLOURS["ours"], marker=".", alpha=0.8, label=label)
+    axis.set(title="Growth", xlabel="episodes", ylabel="seconds")
+    axis.legend(frameon=False)
+
+
+def plot(found, file):
+    """A picture for each part that has one."""
+    panels = {"ppo": plot_phases, "quality": plot_quality, "growth": plot_growth}
+    panels = [draw for part, draw in panels.items() if part in found]
+    if not panels:
+        return
+    size = (4.6 * len(panels), 3.4)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
     )
-    right.legend(frameon=False)
+    for axis, draw in zip(axes[0], panels, strict=True):
+        axis.spines[["top", "right"]].set_visible(False)
+        draw(axis, found)
     figure.savefig(file, dpi=120)
 
 
@@ -308,6 +331,5 @@ def write(found, folder) -> str:
     """Write `compare.md` and `compare.png`; returns the text."""
     text = text_of(found)
     (folder / "compare.md").write_text(text)
-    if "ppo" in found and "quality" in found:
-        plot(found, folder / "compare.png")
+    plot(found, folder / "compare.png")
     return text

@@ -98,7 +98,7 @@ class Work:
     def rows(self, split, n, min_tokens=2):
         """Token ids and labels of the first n long enough reviews of a split."""
         reviews, settings = self.reviews[split], self.settings
-        if n:  # some are too short
+        if n:  # some are too short to be used
             reviews = reviews.select(range(min(4 * n, len(reviews))))
         ids = tokenize(reviews["sentence"], self.tokenizer, settings.max_tokens)
         pairs = zip(ids, reviews["label"], strict=True)
