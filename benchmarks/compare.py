@@ -135,17 +135,16 @@ def measure_ppo(all_found, base, rounds, episodes):
 
 def measure_growth(all_found, base, rounds, episodes):
     """Ours with more episodes, and with larger rollouts."""
-    size = episodes // 2
     for _, times in itertools.product(range(rounds), (1, 2, 4)):
         settings = sizes(
             max_new_tokens=15,
-            ppo_rollout_size=size * times,
-            ppo_episodes=64 * size * times,
+            ppo_rollout_size=episodes * times,
+            ppo_episodes=64 * episodes * times,
         )
         work = dataclasses.replace(base, settings=settings, never_ends=True)
         all_found.add(
-            *("growth", str(size * times)),
-            title=f"growth, rollouts of {size * times}",
+            *("growth", str(episodes * times)),
+            title=f"growth, rollouts of {episodes * times}",
             function=loop,
             arguments=("ours", "ppo", work),
             rollouts=9 if times == 1 else 1 + 4 // times,
@@ -205,8 +204,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--rows", type=int, default=960, help="of SFT and RM")
-    parser.add_argument("--episodes", type=int, default=128, help="of a PPO rollout")
+    parser.add_argument("--rows", type=int, default=480, help="of SFT and RM")
+    parser.add_argument("--episodes", type=int, default=64, help="of a PPO rollout")
     arguments = parser.parse_args()
     folder = Path("runs/benchmark")
     model, dataset = arguments.model, arguments.dataset
