@@ -131,7 +131,8 @@ class Work:
         with torch.no_grad():
             last = hidden_states(self.reference.base_model, ids, mask)[:, -1]
             probs = vocabulary_logits(self.reference, last).softmax(-1).mean(0)
-        return probs.topk(2, largest=False).indices.tolist()
+        known = probs[: len(self.tokenizer)]  # a model may have words to spare
+        return known.topk(2, largest=False).indices.tolist()
 
     @functools.cached_property
     def stop_id(self):
