@@ -40,10 +40,8 @@ def loop(name, kind, work, *arguments, **options):
     """The PPO, SFT or reward-model loop of one of LOOPS."""
     module = importlib.import_module(f"benchmarks.{name}")
     if kind == "ppo":
-        found = run_ppo(module, work, **options)
-    else:
-        found = getattr(module, kind)(work, *arguments, **options)
-    return {"tokens": None, **found}
+        return run_ppo(module, work, **options)
+    return getattr(module, kind)(work, *arguments, **options)
 
 
 def supervised(name, kind, work, n_rows, trained=None):
@@ -58,14 +56,6 @@ def supervised(name, kind, work, n_rows, trained=None):
 def bfloat16_is_fast() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     return not torch.cuda.is_available() and torch.cpu._is_avx512_bf16_supported()
-
-
-def sizes(**changes):
-    """The settings of `full`, with rollout, minibatch and micro-batch as given."""
-    settings = {**changes}
-    if "ppo_minibatch_size" in changes:
-        settings.setdefault("ppo_micro_batch_size", changes["ppo_minibatch_size"])
-    return dataclasses.replace(FULL, **settings)
 
 
 class Measurements:
@@ -109,8 +99,11 @@ def measure_supervised(all_found, base, rounds, rows):
 
 def measure_ppo(all_found, base, rounds, episodes):
     """Seconds of the phases, where every response has 15 tokens."""
-    settings = sizes(
-        max_new_tokens=15, ppo_rollout_size=episodes, ppo_episodes=64 * episodes
+    settings = dataclasses.replace(
+        base.settings,
+        max_new_tokens=15,
+        ppo_rollout_size=episodes,
+        ppo_episodes=64 * episodes,
     )
     all_found.found["ppo_settings"] = dataclasses.asdict(settings)
     work = dataclasses.replace(base, settings=settings, never_ends=True)
@@ -136,7 +129,8 @@ def measure_ppo(all_found, base, rounds, episodes):
 def measure_growth(all_found, base, rounds, episodes):
     """Ours with more episodes, and with larger rollouts."""
     for _, times in itertools.product(range(rounds), (1, 2, 4)):
-        settings = sizes(
+        settings = dataclasses.replace(
+            base.settings,
             max_new_tokens=15,
             ppo_rollout_size=episodes * times,
             ppo_episodes=64 * episodes * times,
@@ -165,7 +159,7 @@ def measure_quality(all_found, base, rounds, folder):
     ours = dataclasses.replace(base.settings, **held_out)
     settings = {
         "ours": ours,
-        "naive": sizes(**SEED_NOTEBOOK, **held_out),
+        "naive": dataclasses.replace(ours, **SEED_NOTEBOOK),
         "peers": ours,
     }
     work = dataclasses.replace(base, model=trained["sft"], reward_model=trained["rm"])

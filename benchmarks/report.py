@@ -157,25 +157,27 @@ def quality_table(found) -> str:
             runs = [run["judged"] for run in runs]
             places = [reached(judged, goal) for judged in runs]
             cells = [f"{goal}, {NAMES[name]}"]
+            ends = [
+                place or judged[-1] for place, judged in zip(places, runs, strict=True)
+            ]
+            seconds = [end["seconds"] for end in ends]
             if None in places:
-                most = [judged[-1] for judged in runs]
                 best = max(place["reward"] for judged in runs for place in judged)
-                seconds = [place["seconds"] for place in most]
-                cells += [f"not in {middle(seconds)}", f"reached {best:.2f}", "", ""]
-                against = [
-                    (place or last)["seconds"] / own["seconds"]
-                    for place, last, own in zip(places, most, ours, strict=True)
-                ]
-                cells[-1] = f"over {statistics.median(against):.1f}"
+                cells += [f"not in {middle(seconds)}", f"reached {best:.2f}", ""]
             else:
-                cells.append(middle([place["seconds"] for place in places]))
-                cells.append(middle([place["episodes"] for place in places]))
-                cells.append(middle([place["kl"] for place in places]))
-                against = [
-                    place["seconds"] / own["seconds"]
-                    for place, own in zip(places, ours, strict=True)
+                cells.append(middle(seconds))
+                cells += [
+                    middle([end[key] for end in ends]) for key in ("episodes", "kl")
                 ]
-                cells.append(f"{statistics.median(against):.1f}")
+            if None in ours:  # nothing to compare with
+                cells.append("")
+            else:
+                against = [
+                    theirs / own["seconds"]
+                    for theirs, own in zip(seconds, ours, strict=True)
+                ]
+                over = "over " if None in places else ""
+                cells.append(f"{over}{statistics.median(against):.1f}")
             rows.append(cells)
     head = ["reward reached", "seconds", "episodes", "KL [nats]", "times ours"]
     ratios = " and ".join(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from utils.data import load_reviews, load_tokenizer, make_prompts, pad, tokenize
+from utils.data import clean, load_reviews, load_tokenizer, make_prompts, pad, tokenize
 from utils.models import (
     RewardModel,
     freeze,
@@ -120,7 +120,9 @@ class Work:
     def held_out(self):
         """Prompts that no loop trains on."""
         sentences = list(self.reviews["validation"]["sentence"])
-        prompts = make_prompts(sentences, self.tokenizer, self.settings, seed=0)
+        seen = {clean(sentence) for sentence in self.reviews["train"]["sentence"]}
+        options = {"seed": 0, "exclude": seen}
+        prompts = make_prompts(sentences, self.tokenizer, self.settings, **options)
         return prompts[: self.settings.eval_prompts]
 
     @functools.cached_property
@@ -260,10 +262,11 @@ class Watch:
         self.switch("log-probs")
         self.done.append(self.phases)
         self.peaks.append(peak_memory(self.work.device))
-        if self.every and self.episodes % self.every == 0:
-            self.look(lm)
+        late = self.seconds > self.limit
+        if self.every and (late or self.episodes % self.every == 0):
+            self.look(lm)  # also when it is stopped: what it reached by then counts
         at_goal = self.judged and self.judged[-1]["reward"] >= self.goal
-        if len(self.done) == self.rollouts or at_goal or self.seconds > self.limit:
+        if len(self.done) == self.rollouts or at_goal or late:
             raise Enough
         self.phases, self.since = Counter(), self.now()
 

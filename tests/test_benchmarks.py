@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import report
@@ -62,6 +63,31 @@ def test_every_ppo_loop_is_timed_by_phase_and_judged(work, name):
     assert found["judged"][1]["seconds"] == pytest.approx(
         sum(found["rollouts"][0].values())
     )
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_ppo_loop_takes_the_same_steps(work, name):
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    try:
+        loop(loop_or_skip(name), "ppo", work, rollouts=2)
+    finally:
+        hook.remove()
+    assert len(steps) == 2 * 4 * 2  # rollouts, epochs, minibatches
+
+
+def test_a_loop_that_is_stopped_is_judged_then(work):
+    found = loop("ours", "ppo", work, every=800, limit=0.0)
+    assert [place["episodes"] for place in found["judged"]] == [0, 8]
+
+
+def test_no_held_out_prompt_comes_from_a_training_sentence(work):
+    reviews = work.reviews
+    both = {**reviews, "validation": reviews["train"].select(range(50))}
+    leaky = dataclasses.replace(work)
+    leaky.__dict__["reviews"] = both
+    with pytest.raises(ValueError, match="none of the 50 sentences"):
+        _ = leaky.held_out
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -172,6 +198,10 @@ def test_the_time_to_quality_by_hand():
     assert lines[5].endswith("over 8.0 |")
     assert "| 0.5, TRL 1.12.0 | 30.0 (30.0 to 30.0) | 512" in lines[6]
     assert lines[6].endswith("| 3.0 |") and lines[9].endswith("| 3.0 |")
+    found["quality"]["ours"] = [judged(0.0, 0.55, 0.7)] * 3
+    worse = report.quality_table(found).splitlines()
+    assert worse[7].startswith("| 0.8, notebook | not in 20.0")
+    assert worse[9].startswith("| 0.8, TRL 1.12.0 | 60.0") and worse[9].endswith("|  |")
     assert lines[-1].endswith("one rollout: 2e-06 in float32 and 1e-02 in bfloat16.")
 
 
