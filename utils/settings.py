@@ -56,14 +56,14 @@ class Settings:
     ppo_micro_batch_size: int = 64  # [responses on the device at once]
     ppo_lr: float = 6e-5  # peak learning rate, falling linearly to 0
     value_head_lr: float = 1e-3  # the same for the value head, which starts from zeros
-    kl_coef: float = 0.1  # beta, the price of a nat of KL [normalised score per nat]
+    kl_coef: float = 0.2  # beta, the price of a nat of KL [normalised score per nat]
     kl_target: float = 0.0  # an adaptive beta steers KL to this [nats]; 0: none
     kl_horizon: int = 10_000  # how slowly it does so [responses]
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # GAE: 0 trusts the value head, 1 the sampled return
     clip_range: float = 0.2  # of the probability ratio
     value_clip_range: float = 1.0  # of the value [normalised score]
-    value_coef: float = 1.0  # weight of the value loss
+    value_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 1.0
     missing_eos_score: float = -1.0  # of a response that never ends [normalised score]
     # 3. PPO: the measurements
@@ -141,6 +141,8 @@ TINY = Settings(
     ppo_rollout_size=256,
     ppo_lr=2e-4,
     value_head_lr=3e-3,
+    kl_coef=0.1,
+    value_coef=1.0,
     frontier_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
