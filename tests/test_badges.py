@@ -14,6 +14,7 @@ def test_every_file_names_the_same_repository():
 def test_set_repository_changes_every_link_and_nothing_else(tmp_path, monkeypatch):
     files = list(badges.named_repositories())
     for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(badges.ROOT / file, tmp_path / file)
     before = {file: (tmp_path / file).read_text("utf8") for file in files}
     (old,) = set.union(*badges.named_repositories().values())

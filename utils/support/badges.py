@@ -14,9 +14,11 @@ PLACES = re.compile(
 
 def named_repositories() -> dict[str, set[str]]:
     """For the README and each notebook, the repositories that its links name."""
+    exercises = sorted((ROOT / "exercises").glob("*/*/*.ipynb"))
+    exercises = [path.relative_to(ROOT).as_posix() for path in exercises]
     return {
         file: {name for _, name in PLACES.findall((ROOT / file).read_text("utf8"))}
-        for file in ("README.md", *NOTEBOOKS)
+        for file in ("README.md", *NOTEBOOKS, *exercises)
     }
 
 

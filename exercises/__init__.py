@@ -1,0 +1,1 @@
+"""Exercises for nbgrader: sources, student versions, and what puts them in order."""

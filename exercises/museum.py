@@ -1,0 +1,181 @@
+"""The bug museum of exercise 6: PPO in the exact world, with one mistake at a time.
+
+Six pieces of PPO, each wrong on purpose. `train` runs the loop of notebook 3 with one
+of them in its place, or with a repaired one.
+"""
+
+import copy
+import dataclasses
+
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from utils.ppo import explained_variance, masked_mean, policy_loss
+from utils.support import exact
+from utils.support.notebook import import_cells
+
+SETTINGS = dataclasses.replace(
+    exact.SETTINGS, kl_coef=0.5, ppo_episodes=20 * 256, ppo_minibatch_size=128
+)
+CURVES = {
+    "score": "score",
+    "kl": "KL to the reference [nats]",
+    "ratio_max": "largest ratio",
+    "clip_fraction": "clip fraction",
+    "value_loss": "value loss",
+    "explained_variance": "explained variance",
+}
+
+
+def prepare(lm, lr):
+    """The policy, a copy of this model, and an optimiser for its weights."""
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+    policy = copy.deepcopy(lm)
+    return policy, optimizer
+
+
+def penalised_rewards(scores, log_ratio, lengths, beta):
+    """What each token is paid (B, T): the KL penalty, and the score at the end."""
+    places = torch.arange(log_ratio.shape[1])
+    rewards = beta * log_ratio
+    rewards = rewards + scores[:, None] * (places == lengths[:, None] - 1)
+    return rewards * (places < lengths[:, None])
+
+
+def make_reference(lm):
+    """The frozen model that KL is measured against."""
+    return lm
+
+
+def surrogate(log_ratio, advantages, eps):
+    """The loss of each token, before the mean is taken."""
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - eps, 1 + eps)
+    return torch.minimum(-advantages * ratio, -advantages * clipped)
+
+
+def place_scores(scores, lengths, width):
+    """A tensor (B, width) with the score of each response on its last token."""
+    places = torch.arange(width)
+    return scores[:, None] * (places == lengths[:, None])
+
+
+def advantages_and_returns(delta, values, lengths, decay):
+    """Advantages from residuals delta (B, T), and the values' targets; 0 outside."""
+    inside = torch.arange(delta.shape[1]) < lengths[:, None]
+    delta, advantages = delta * inside, torch.zeros_like(delta)
+    following = torch.zeros(len(delta))
+    for t in reversed(range(delta.shape[1])):
+        following = delta[:, t] + decay * following
+        advantages[:, t] = following
+    real = advantages[inside]
+    advantages = (advantages - real.mean()) / real.std(correction=0) * inside
+    return advantages, (advantages + values) * inside
+
+
+# In the order of the exhibition
+RUNS = (
+    prepare,
+    penalised_rewards,
+    make_reference,
+    surrogate,
+    place_scores,
+    advantages_and_returns,
+)
+
+
+def _residuals(rewards, values, mask, gamma):
+    values = values * mask
+    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    return (rewards + gamma * following - values) * mask
+
+
+def _put_in(loop, name, piece):
+    """Replace a function of the loop by one that calls the piece."""
+
+    def rewards(scores, logprobs, ref_logprobs, mask, beta):
+        log_ratio, lengths = (logprobs - ref_logprobs) * mask, mask.sum(dim=1)
+        if name == "penalised_rewards":
+            return piece(scores, log_ratio, lengths, beta)
+        return -beta * log_ratio + piece(scores, lengths, mask.shape[1]) * mask
+
+    def gae(rewards, values, mask, gamma, lam):
+        delta, lengths = _residuals(rewards, values, mask, gamma), mask.sum(dim=1)
+        return piece(delta, values, lengths, gamma * lam)
+
+    def loss(logprobs, old_logprobs, advantages, mask, eps):
+        batch = (logprobs, old_logprobs, advantages)
+        logprobs, old_logprobs, advantages = (x * mask for x in batch)
+        losses = piece(logprobs - old_logprobs, advantages, eps)
+        stats = policy_loss(logprobs, old_logprobs, advantages, mask, eps)[1]
+        return masked_mean(losses, mask), stats
+
+    if name in ("penalised_rewards", "place_scores"):
+        loop["token_rewards"] = rewards
+    elif name == "advantages_and_returns":
+        loop["compute_gae"] = gae
+    elif name == "surrogate":
+        loop["policy_loss"] = loss
+
+
+def exhibit(number: int) -> list[dict]:
+    """One of the six runs, 1 to 6, without a word about what is wrong with it."""
+    piece = RUNS[number - 1]
+    return train(piece.__name__, piece, f"run {number}")
+
+
+def train(name="", piece=None, title="") -> list[dict]:
+    """The figures of each rollout of a run, with a piece in the place of a right one.
+
+    `name` is that of one of RUNS; without it the run is a healthy one. `title` stands
+    at the progress bar. Raises ValueError for another name.
+    """
+    names = [run.__name__ for run in RUNS]
+    if name and name not in names:
+        raise ValueError(f"there is no piece {name!r}; take one of {names}")
+    s = SETTINGS
+    loop = import_cells("3-RLHF.ipynb", "fresh-policy", "collect-rollout", "ppo-update")
+    _put_in(loop, name, piece)
+    world = exact.ExactWorld(seed=7)
+    lm, reference = copy.deepcopy(world.reference).requires_grad_(True), world.reference
+    policy, optimizer = loop["fresh_policy"](lm, s)[:2]
+    if name == "prepare":
+        policy.lm, optimizer = piece(lm, s.ppo_lr)
+        head = {"params": policy.value_head.parameters(), "lr": s.value_head_lr}
+        optimizer.add_param_group(head)
+    if name == "make_reference":
+        reference = piece(policy.lm)
+    scaler = torch.amp.GradScaler(enabled=False)
+    generator, history = torch.Generator().manual_seed(s.seed), []
+    prompts = [exact.PROMPT] * s.ppo_rollout_size
+    options = (prompts, exact.EOS, s, s.kl_coef, generator)
+    for _ in tqdm(range(s.ppo_steps), desc=title or name or "healthy"):
+        rollout = loop["collect_rollout"](policy, reference, world.score, *options)
+        stats = loop["ppo_update"](policy, optimizer, scaler, rollout, s, generator)
+        kl = rollout.old_logprobs - rollout.ref_logprobs
+        figures = {
+            "score": rollout.scores.mean(),
+            "kl": kl.sum(dim=1).mean(),
+            "explained_variance": explained_variance(
+                rollout.old_values, rollout.returns, rollout.mask
+            ),
+            **{key: stats[key].mean() for key in ("clip_fraction", "value_loss")},
+            "ratio_max": stats["ratio_max"].max(),
+        }
+        history.append({key: float(value) for key, value in figures.items()})
+    return history
+
+
+def plot(healthy, run, label):
+    """The curves of a run beside those of a healthy one."""
+    size = {"figsize": (10, 5), "layout": "constrained"}
+    figure, axes = plt.subplots(2, 3, **size)
+    for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=True):
+        axis.plot([row[key] for row in healthy], color="#8a8a8a", label="healthy")
+        axis.plot([row[key] for row in run], color="#c8553d", label=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(title=title, xlabel="rollout")
+    axes.flat[0].legend(frameon=False)
+    axes.flat[-1].set_ylim(-1.05, 1.05)  # equal returns can send it far below
+    return figure
