@@ -6,6 +6,7 @@ description, the list of its files, and the files.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,13 @@ COMMIT = "0" * 40
 
 
 @contextlib.contextmanager
-def serve(models: dict[str, Path], datasets: dict[str, Path]):
-    """Serve the folders under these names; gives the address for HF_ENDPOINT."""
+def serve(models: dict[str, Path], datasets: dict[str, Path], fault=lambda n: None):
+    """Serve the folders under these names; gives the address for HF_ENDPOINT.
+
+    `fault` maps the number of a request, from 0 on, to the status that it is refused
+    with, or None.
+    """
+    counted = itertools.count()
     repositories = {f"models/{name}": folder for name, folder in models.items()}
     repositories |= {f"datasets/{name}": folder for name, folder in datasets.items()}
 
@@ -44,6 +50,8 @@ def serve(models: dict[str, Path], datasets: dict[str, Path]):
             self.answer(404, {"error": what}, X_Error_Code=what)
 
         def do_GET(self, posted=b""):
+            if refused := fault(next(counted)):
+                return self.answer(refused, {"error": "out of order"})
             path = unquote(urlsplit(self.path).path).strip("/")
             if path.startswith("api/"):
                 return self.describe(path.removeprefix("api/"), posted)

@@ -1,7 +1,10 @@
 """The real loading code, `gpt2` and `stanfordnlp/sst2`, against a hub on loopback."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -34,7 +37,7 @@ print(json.dumps({
 """
 
 
-def load(**environ):
+def load(code=LOAD, **environ):
     ours = {
         name: value
         for name, value in os.environ.items()
@@ -42,7 +45,7 @@ def load(**environ):
     }
     environ = {**ours, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
     return subprocess.run(
-        [sys.executable, "-c", LOAD],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env=environ,
         capture_output=True,
@@ -69,3 +72,80 @@ def test_the_data_set_comes_from_the_hub(loaded, world):
     reviews = load_reviews(str(world / "dataset"))
     assert loaded["rows"] == {name: len(split) for name, split in reviews.items()}
     assert loaded["first"] == reviews["train"]["sentence"][0]
+
+
+FAULTY = """
+from utils.models import load_causal_lm
+try:
+    load_causal_lm("gpt2")
+    print("loaded")
+except Exception as error:
+    print(type(error).__name__, str(error))
+"""
+
+
+@contextlib.contextmanager
+def silence():
+    """An address where somebody listens and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def nobody():
+    """An address where nobody listens, as without a network."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return contextlib.nullcontext(f"http://127.0.0.1:{port}")
+
+
+HELP = r"name a local folder, or take the preset 'tiny', which downloads nothing$"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (
+            "missing",
+            "^FileNotFoundError the Hugging Face Hub has no public model 'gpt2'",
+        ),
+        ("always 503", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
+        ("503 at first", "^loaded$"),
+        ("no network", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
+        ("silence", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
+    ],
+)
+def test_a_hub_that_fails(world, tmp_path, report, fault, says):
+    gpt2 = {"gpt2": world / "model"}
+    hubs = {
+        "missing": lambda: hub.serve({}, {}),
+        "always 503": lambda: hub.serve(gpt2, {}, fault=lambda n: 503),
+        "503 at first": lambda: hub.serve(gpt2, {}, lambda n: 503 if n < 2 else None),
+        "no network": nobody,
+        "silence": silence,
+    }
+    waits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    with hubs[fault]() as address:
+        done = load(FAULTY, HF_ENDPOINT=address, HF_HOME=str(tmp_path), **waits)
+    said = done.stdout.strip().splitlines()[-1]
+    assert re.search(says, said), said
+    report("faults tried", f"hub, {fault}: {said[:150]}")
+
+
+@pytest.mark.faults
+def test_a_damaged_cache_is_named(world, tmp_path, report):
+    with hub.serve({"gpt2": world / "model"}, {}) as address:
+        environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        assert load(FAULTY, **environ).stdout.strip() == "loaded"
+        (weights,) = tmp_path.rglob("model.safetensors")
+        whole = weights.resolve().read_bytes()
+        # A download that was cut off is begun again
+        weights.resolve().with_suffix(".incomplete").write_bytes(whole[:100])
+        assert load(FAULTY, **environ).stdout.strip() == "loaded"
+        # A file that was cut off behind the library's back
+        weights.resolve().write_bytes(whole[: len(whole) // 2])
+        said = load(FAULTY, **environ).stdout.strip()
+    assert re.search(
+        "^ValueError .* was downloaded, but cannot be loaded .* delete", said
+    )
+    report("faults tried", f"hub, a damaged cache: {said[:150]}")

@@ -7,35 +7,32 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from utils.support.inputs import check_reviews, check_tokenizer, loading
+
 
 def load_tokenizer(name: str):
     """The tokenizer of a model on the hub or in a local folder.
 
     GPT-2 has no padding token and none is set: `pad` fills with any id and says in a
-    mask what is real, so that the closing EOS is never mistaken for padding.
+    mask what is real, so that the closing EOS is never mistaken for padding. Raises
+    ValueError if the tokenizer has no EOS.
     """
-    return AutoTokenizer.from_pretrained(name)
+    with loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_tokenizer(tokenizer, name)
+    return tokenizer
 
 
 def load_reviews(name: str) -> datasets.DatasetDict:
     """The splits of a data set with the columns `sentence` and `label` (0 or 1).
 
-    `name` is a name on the hub or a local folder. Raises ValueError if a split
-    (train, validation) or a column is missing.
+    `name` is a name on the hub or a local folder. Raises ValueError if a split (train,
+    validation) or a column is missing, if a sentence is no text or blank, or if not
+    all labels are 0 or 1, with both there.
     """
-    reviews = datasets.load_dataset(name)
-    for split in ("train", "validation"):
-        if split not in reviews:
-            raise ValueError(
-                f"data set {name!r} has no split {split!r}, only {list(reviews)}; "
-                "name one that has both train and validation"
-            )
-        for column in ("sentence", "label"):
-            if column not in reviews[split].column_names:
-                raise ValueError(
-                    f"data set {name!r} has no column {column!r}, only "
-                    f"{reviews[split].column_names}; rename its columns"
-                )
+    with loading("data set", name):
+        reviews = datasets.load_dataset(name)
+    check_reviews(reviews, name)
     return reviews
 
 

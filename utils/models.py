@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from utils.support.inputs import check_causal, loading
+
 GROUP = 32  # texts that run through the trunk together, where lengths differ much
 NOTEBOOK_OF = {"sft": "1", "reward_model": "2", "policy": "3"}
 
@@ -20,7 +22,8 @@ def load_config(name: str):
     `gelu_new` is computed in eight steps, each of which keeps its result for the
     backward pass; `gelu_pytorch_tanh` is the same function in one.
     """
-    config = AutoConfig.from_pretrained(name)
+    with loading("model", name):
+        config = AutoConfig.from_pretrained(name)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
     return config
@@ -30,11 +33,15 @@ def load_causal_lm(name: str, device="cpu"):
     """The language model `name` (on the hub, or a local folder) in float32.
 
     float32 weights also where the trunk computes in half precision: the optimiser's
-    small steps would be lost in the rounding of half-precision weights.
+    small steps would be lost in the rounding of half-precision weights. Raises
+    ValueError if the model is not causal.
     """
-    lm = AutoModelForCausalLM.from_pretrained(
-        name, config=load_config(name), dtype=torch.float32
-    )
+    config = load_config(name)
+    with loading("language model", name):
+        lm = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True
+        )
+    check_causal(lm, name)
     return lm.to(device)
 
 
@@ -165,7 +172,11 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, name: str) -> "RewardModel":
         """A saved reward model, or the trunk of `name` under a fresh head."""
         config = load_config(name)
-        model = cls(AutoModel.from_pretrained(name, config=config, dtype=torch.float32))
+        with loading("model", name):
+            trunk = AutoModel.from_pretrained(
+                name, config=config, dtype=torch.float32, use_safetensors=True
+            )
+        model = cls(trunk)
         head_file = Path(name) / cls.HEAD_FILE
         if head_file.exists():
             model.head.load_state_dict(load_file(head_file))

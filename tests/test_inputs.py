@@ -1,0 +1,185 @@
+"""Models and data sets that cannot do: one sentence each, before training."""
+
+import dataclasses
+import json
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+)
+
+from utils.data import load_reviews, load_tokenizer, tokenize
+from utils.models import RewardModel, load_causal_lm
+from utils.settings import TINY
+from utils.support import inputs
+
+GOOD = {"sentence": ["fine", "bad"], "label": [1, 0]}
+
+
+def saved(folder, **splits):
+    """A folder with these columns for each split."""
+    for name, columns in splits.items():
+        file = folder / "data" / f"{name}-0.parquet"
+        file.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns).to_parquet(file)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "train, says",
+    [
+        ({"text": ["a", "b"], "label": [0, 1]}, r"no column 'sentence', only \['text'"),
+        ({"sentences": ["a", "b"], "label": [0, 1]}, "rename its 'sentences'"),
+        ({"sentence": ["a", "b"], "labels": [0, 1]}, "rename its 'labels'"),
+        (
+            {"sentence": ["a", "b"], "label": [1, -1]},
+            "label 1 of split 'train'.* is -1",
+        ),
+        ({"sentence": ["a", "b"], "label": [1, None]}, "label 1 .* is None"),
+        ({"sentence": ["a", "b"], "label": [1, 1]}, "all 2 labels .* are 1, so there"),
+        (
+            {"sentence": ["a", None], "label": [1, 0]},
+            "sentence 1 .* is None, and no text",
+        ),
+        ({"sentence": [3, 4], "label": [1, 0]}, "sentence 0 .* is 3, and no text"),
+        (
+            {"sentence": ["a", "  "], "label": [1, 0]},
+            "sentence 1 .* is '  ': nothing but",
+        ),
+        ({"sentence": [], "label": []}, "no data set that can .*no data|0 rows"),
+    ],
+)
+def test_a_data_set_that_cannot_do(tmp_path, train, says):
+    # Splits must agree in their columns and types, or they do not load at all
+    alike = train.keys() == GOOD.keys() and isinstance((*train["sentence"], 0)[0], str)
+    name = saved(tmp_path, train=train, validation=GOOD if alike else train)
+    with pytest.raises(ValueError, match=says) as caught:
+        load_reviews(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_validation_split_is_checked_too(tmp_path):
+    one_sided = {"sentence": ["a", "b"], "label": [0, 0]}
+    with pytest.raises(ValueError, match="of split 'validation' .* are 0"):
+        load_reviews(saved(tmp_path, train=GOOD, validation=one_sided))
+
+
+def test_labels_of_a_test_split_are_not_asked_for(tmp_path):
+    hidden = {"sentence": ["a", "b"], "label": [-1, -1]}  # as in SST-2
+    reviews = load_reviews(saved(tmp_path, train=GOOD, validation=GOOD, test=hidden))
+    assert len(reviews["test"]) == 2
+
+
+def test_a_very_long_sentence_is_cut(tmp_path, world):
+    long = {"sentence": ["fine " * 50_000, "bad"], "label": [1, 0]}
+    reviews = load_reviews(saved(tmp_path, train=long, validation=GOOD))
+    tokenizer = load_tokenizer(str(world / "model"))
+    rows = tokenize(reviews["train"]["sentence"], tokenizer, TINY.max_tokens)
+    assert len(rows[0]) == TINY.max_tokens and rows[0][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [("./nowhere", load_reviews), ("/no/where", load_causal_lm),
+     ("runs/no/model", load_tokenizer), ("runs/no/model", RewardModel.from_pretrained)],
+)  # fmt: skip
+def test_a_folder_that_does_not_exist(name, what):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
+        what(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    for load in (load_causal_lm, load_tokenizer, RewardModel.from_pretrained):
+        with pytest.raises(ValueError, match="the folder .* holds no .* can be loaded"):
+            load(str(tmp_path))
+
+
+def model_folder(folder, world, model):
+    model.save_pretrained(folder)
+    load_tokenizer(str(world / "model")).save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2(**changes):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 128}
+    config = {"vocab_size": 1200, "eos_token_id": 0, "bos_token_id": 0, **sizes}
+    return GPT2LMHeadModel(GPT2Config(**{**config, **changes}))
+
+
+def test_a_model_that_looks_ahead(tmp_path, world):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=1200, intermediate_size=16, **sizes))
+    name = model_folder(tmp_path, world, bert)
+    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
+        load_causal_lm(name)
+
+
+def test_a_tokenizer_without_an_end(tmp_path, world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no EOS token, so no text could end"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "places, says",
+    [
+        (60, "max_tokens is 66, but .* reads 60 tokens at most; lower max_tokens"),
+        (70, None),
+    ],
+)
+def test_a_context_shorter_than_a_text(tmp_path, world, places, says):
+    name = model_folder(tmp_path, world, gpt2(n_positions=places))
+    settings = dataclasses.replace(TINY, model_name=name)
+    if says is None:
+        inputs.prepare(settings)
+        longer = dataclasses.replace(settings, max_new_tokens=64)
+        says, settings = r"prompt_max_tokens \+ max_new_tokens is 71", longer
+    with pytest.raises(ValueError, match=says):
+        inputs.prepare(settings)
+
+
+def test_a_model_without_a_limit_passes():
+    inputs.check_context(LlamaConfig(max_position_embeddings=66), TINY)
+    config, endless = MambaConfig(), dataclasses.replace(TINY, max_tokens=10_000)
+    inputs.check_context(config, endless)
+
+
+def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world):
+    name = model_folder(tmp_path, world, gpt2(vocab_size=500))
+    settings = dataclasses.replace(TINY, model_name=name)
+    with pytest.raises(ValueError, match="has 927 tokens and the model only 500"):
+        inputs.prepare(settings)
+
+
+def test_two_tokenizers(tmp_path, world):
+    tokenizer = load_tokenizer(str(world / "model"))
+    inputs.check_same_tokenizer(tokenizer, load_tokenizer(str(world / "model")))
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    a, b = list(words)[500:502]
+    words[a], words[b] = words[b], words[a]  # as many words, but numbered otherwise
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="sft has a tokenizer of 927 .* reward_model"):
+        inputs.check_same_tokenizer(tokenizer, load_tokenizer(str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(tmp_path, world):
+    """Weights come as safetensors only: unpickling runs whatever is in the file."""
+    model = gpt2()
+    name = model_folder(tmp_path, world, model)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no language model that can be loaded"):
+        load_causal_lm(name)

@@ -1,0 +1,195 @@
+"""What a model and a data set must be like: checked as they are loaded.
+
+Whatever is wrong with them is said in one sentence, with the remedy, before any
+training starts.
+"""
+
+import contextlib
+import difflib
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+
+
+def _first_line(error) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def _chain(error):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def loading(what: str, name):
+    """Turn what a library raises while it loads `name` into one sentence.
+
+    Raises FileNotFoundError for a folder or a repository that is not there,
+    ConnectionError if the hub cannot be reached, even after the library's own retries,
+    and ValueError if what is there cannot be loaded.
+    """
+    name = str(name)
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name!r} to load the {what} from; correct the name, "
+            "or name a repository of the Hugging Face Hub"
+        )
+    try:
+        yield
+    except Exception as error:
+        if Path(name).is_dir():
+            raise ValueError(
+                f"the folder {name!r} holds no {what} that can be loaded "
+                f"({_first_line(error)}); make it anew, or name another"
+            ) from error
+        kinds = {type(e).__name__ for e in _chain(error)}
+        if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+            raise FileNotFoundError(
+                f"the Hugging Face Hub has no public {what} {name!r}, and there is no "
+                "such folder here; correct the name"
+            ) from error
+        if isinstance(error, OSError) or kinds & {"HfHubHTTPError", "ConnectError"}:
+            raise ConnectionError(
+                f"the {what} {name!r} could not be had from the Hugging Face Hub "
+                f"({_first_line(error)}); try again later, name a local folder, or "
+                "take the preset 'tiny', which downloads nothing"
+            ) from error
+        raise ValueError(
+            f"the {what} {name!r} was downloaded, but cannot be loaded "
+            f"({_first_line(error)}); delete what is left of it in {HF_HUB_CACHE} and "
+            "run this again"
+        ) from error
+
+
+def check_reviews(reviews, name: str):
+    """Raise ValueError unless both splits hold sentences, and labels of both kinds."""
+    for split in ("train", "validation"):
+        if split not in reviews:
+            raise ValueError(
+                f"data set {name!r} has no split {split!r}, only {list(reviews)}; "
+                "name one that has both train and validation"
+            )
+    for split in ("train", "validation"):
+        rows = reviews[split]
+        for column in ("sentence", "label"):
+            if column not in rows.column_names:
+                near = difflib.get_close_matches(
+                    *(column, rows.column_names), n=1, cutoff=0.5
+                )
+                which = f"rename its {near[0]!r}" if near else "rename its columns"
+                raise ValueError(
+                    f"data set {name!r} has no column {column!r}, only "
+                    f"{rows.column_names}; {which} (rename_column of datasets), save "
+                    "it to a folder, and name that"
+                )
+        if not len(rows):
+            raise ValueError(
+                f"split {split!r} of data set {name!r} has 0 rows; name another one"
+            )
+        _check_rows(rows, f"of split {split!r} of data set {name!r}")
+
+
+def _check_rows(rows, where):
+    remedy = "take such rows out (filter of datasets), save it, and name the folder"
+    for i, sentence in enumerate(rows["sentence"][:]):
+        if not isinstance(sentence, str):
+            raise ValueError(
+                f"sentence {i} {where} is {sentence!r}, and no text; {remedy}"
+            )
+        if not sentence.strip():
+            raise ValueError(
+                f"sentence {i} {where} is {sentence!r}: nothing but EOS would be left; "
+                f"{remedy}"
+            )
+    labels = rows["label"][:]
+    for i, label in enumerate(labels):
+        if label not in (0, 1):
+            raise ValueError(
+                f"label {i} {where} is {label!r}, and neither 0 nor 1; {remedy}"
+            )
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"all {len(labels)} labels {where} are {labels[0]}, so there is nothing "
+            "to tell apart; name a data set with both 0 and 1"
+        )
+
+
+def check_tokenizer(tokenizer, name):
+    """Raise ValueError unless it has the token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {str(name)!r} has no EOS token, so no text could end; "
+            "name another model, or set its eos_token and save it to a folder"
+        )
+
+
+def check_same_tokenizer(tokenizer, other, names=("sft", "reward_model")):
+    """Raise ValueError if two models number the words differently."""
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise ValueError(
+            f"{names[0]} has a tokenizer of {len(tokenizer)} tokens and {names[1]} "
+            f"another one, of {len(other)}, so the reward model would read other "
+            "texts; make both from the same model_name"
+        )
+
+
+def check_context(config, settings):
+    """Raise ValueError if a text of these settings is longer than the model can read.
+
+    A model without a limit in its configuration passes.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = {
+        "max_tokens": settings.max_tokens,
+        "prompt_max_tokens + max_new_tokens": (
+            settings.prompt_max_tokens + settings.max_new_tokens
+        ),
+    }
+    for name, tokens in longest.items():
+        if limit is not None and tokens > limit:
+            raise ValueError(
+                f"{name} is {tokens}, but {settings.model_name!r} reads {limit} tokens "
+                f"at most; lower {name.split()[-1]}"
+            )
+
+
+@torch.no_grad()
+def check_causal(lm, name):
+    """Raise ValueError if a later token changes what the model says about earlier ones.
+
+    That is tried out, on three tokens, and not read off the configuration.
+    """
+    ids = torch.tensor([[0, 1, 0], [0, 1, 1]], device=lm.device)
+    mask, training = torch.ones_like(ids), lm.training
+    states = lm.eval().base_model(input_ids=ids, attention_mask=mask)
+    lm.train(training)
+    early = states.last_hidden_state[:, :2]
+    if (early[0] - early[1]).abs().max() > 1e-3:
+        raise ValueError(
+            f"{str(name)!r} looks at later tokens ({type(lm).__name__} is no causal "
+            "language model), so it cannot write; name one such as 'gpt2'"
+        )
+
+
+def prepare(settings):
+    """Have everything at hand that the settings name, and see that it fits together.
+
+    Builds the tiny world if it is used. Raises ValueError if texts of these settings
+    are too long for the model, or if the tokenizer knows more words than it.
+    """
+    from utils.data import load_tokenizer
+    from utils.models import load_config
+    from utils.support import toy  # which imports the others, and they this module
+
+    toy.prepare(settings)
+    name = settings.model_name
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    check_context(config, settings)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model only "
+            f"{config.vocab_size}; take the tokenizer that belongs to it"
+        )
