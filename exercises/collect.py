@@ -11,7 +11,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -175,7 +175,7 @@ def place(text: str, target: Path):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, "utf8")
-    stamp = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f} UTC"
+    stamp = datetime.now().astimezone().isoformat(" ")
     (target.parent / "timestamp.txt").write_text(stamp)
 
 

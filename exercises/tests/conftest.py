@@ -19,7 +19,7 @@ from exercises.release import names, release
 ROOT = COURSE.parent
 EXERCISES = names()
 ONE = "4-gae"  # the exercise on which submissions go wrong in every way
-TIMEOUT = 20  # seconds; the endless loop is cut off then
+TIMEOUT = 15  # seconds; the endless loop is cut off then
 ENVIRON = {
     **{k: v for k, v in os.environ.items() if not k.startswith("RLHF_")},
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -109,7 +109,10 @@ def submissions(folder):
     put(tampered, f"tampered/{ONE}.ipynb")
 
     endless = solved(ONE)
-    cell_of(endless, "group-advantages").source += "\nwhile True:\n    pass"
+    answer = cell_of(endless, "group-advantages")
+    answer.source = answer.source.replace(
+        "return ", "while True:\n        pass\n    return "
+    )
     put(endless, f"endless/{ONE}.ipynb")
 
     put(as_colab_saves(solved(ONE)), f"colab/Copy of {ONE} (1).ipynb")

@@ -158,11 +158,8 @@ def test_tampered_and_deleted_tests_are_restored(marks, course, collected):
 
 
 def test_an_endless_loop_is_cut_off(marks, course):
-    found, wanted = points(course, "endless"), full()
-    ours = ("check-group-advantages", "hidden-group-advantages")
-    assert {k: v for k, v in found.items() if k not in ours} == {
-        k: v for k, v in wanted.items() if k not in ours
-    }
+    cut = dict.fromkeys(("check-group-advantages", "hidden-group-advantages"), 0)
+    assert points(course, "endless") == {**full(), **cut}
 
 
 @pytest.mark.parametrize("student", ["colab", "bare", "checked-twice"])
