@@ -244,7 +244,7 @@ def test_a_likely_mistake_is_named(name, answer, right, wrong, says):
     assert right in cell.source
     cell.source = cell.source.replace(right, wrong)
     last = next(i for i, c in enumerate(cells) if c.id == f"check-{answer}")
-    left_out = ("run-", "name-", "check-name-", "setup", "prediction", "code-")
+    left_out = ("run-", "name-", "check-name-", "setup", "code-", "revealed")
     space, said = {}, io.StringIO()
     with redirect_stdout(said):
         for c in cells[: last + 1]:
