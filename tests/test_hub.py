@@ -84,13 +84,6 @@ except Exception as error:
 """
 
 
-@contextlib.contextmanager
-def silence():
-    """An address where somebody listens and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
 def nobody():
     """An address where nobody listens, as without a network."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -112,7 +105,6 @@ HELP = r"name a local folder, or take the preset 'tiny', which downloads nothing
         ("always 503", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
         ("503 at first", "^loaded$"),
         ("no network", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
-        ("silence", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
     ],
 )
 def test_a_hub_that_fails(world, tmp_path, report, fault, says):
@@ -122,7 +114,6 @@ def test_a_hub_that_fails(world, tmp_path, report, fault, says):
         "always 503": lambda: hub.serve(gpt2, {}, fault=lambda n: 503),
         "503 at first": lambda: hub.serve(gpt2, {}, lambda n: 503 if n < 2 else None),
         "no network": nobody,
-        "silence": silence,
     }
     waits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     with hubs[fault]() as address:
