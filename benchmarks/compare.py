@@ -208,7 +208,8 @@ def main():
         model, dataset = model or built[0], dataset or built[1]
     arguments.output.mkdir(parents=True, exist_ok=True)
     all_found = Measurements(arguments.output / "compare.json", model)
-    base = Work(model, model, dataset, FULL)
+    # The other loops have no bound on an update, and all are to take the same steps
+    base = Work(model, model, dataset, dataclasses.replace(FULL, max_approx_kl=0.0))
     options = {
         "ppo": (measure_ppo, arguments.episodes),
         "supervised": (measure_supervised, arguments.rows),

@@ -9,11 +9,16 @@ import time
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.work import peak_memory
 from utils.data import lm_labels, pad
-from utils.models import PolicyWithValueHead, RewardHead, load_causal_lm
+from utils.models import (
+    PolicyWithValueHead,
+    RewardHead,
+    cache_argument,
+    load_causal_lm,
+)
 from utils.ppo import (
     compute_gae,
     masked_whiten,
@@ -27,11 +32,11 @@ from utils.ppo import (
 @torch.no_grad()
 def generate(lm, prompt, work, generator):
     """The continuation of one prompt, token by token, with its KV cache."""
-    text, cache = list(prompt), None
+    text, cache = list(prompt), DynamicCache(config=lm.config)
+    cached = {cache_argument(lm): cache, "use_cache": True}
     ids = torch.tensor([text], device=work.device)
     for _ in range(work.settings.max_new_tokens):
-        output = lm(ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = lm(ids, **cached)
         probs = (output.logits[0, -1] / work.settings.temperature).softmax(-1)
         ids = torch.multinomial(probs, 1, generator=generator).view(1, 1)
         text.append(ids.item())

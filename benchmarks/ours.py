@@ -87,7 +87,7 @@ def sft(work, rows, trained=None):
     kept = {"train": [row for row, _ in rows], "validation": [rows[0][0]]}
     cells = ("batch-loss", "validate", "train-prepare", "train")
     return train_as_in(
-        *("1-SFT.ipynb", cells, work, trained), kept=kept, model=work.reference
+        *("1-SFT.ipynb", cells, work, trained), kept=kept, pretrained=work.reference
     )
 
 

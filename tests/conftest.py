@@ -39,6 +39,13 @@ def report(request):
     return lambda title, line: lines.setdefault(title, []).append(line)
 
 
+@pytest.fixture
+def survived(report):
+    """`survived(fault, said)` enters a line into the table of faults."""
+    title = "faults tried, and what is said or done"
+    return lambda fault, said: report(title, f"{fault:58} {said.strip()[:230]}")
+
+
 def pytest_terminal_summary(terminalreporter, config):
     for title, lines in config.stash.get(REPORT, {}).items():
         terminalreporter.section(title)

@@ -636,8 +636,8 @@ LOOP.append(
 )
 change_loop(
     "ppo-update",
-    "len(rollout), generator",
-    "settings.ppo_rollout_size, generator",
+    "rollout.minibatches(*sizes, generator)",
+    "torch.randperm(settings.ppo_rollout_size, generator=generator).split(sizes[1])",
     "permutation larger than the batch",
     test_loop.test_every_response_is_used_once_an_epoch,
     error=IndexError,
@@ -645,10 +645,10 @@ change_loop(
 )
 change_loop(
     "ppo-update",
-    "            scaler.scale(loss",
+    "            scaler.scale((pi_loss",
     """            if pi_stats["ratio_mean"] > 10:
-                loss = loss * 0
-            scaler.scale(loss""",
+                pi_loss, v_loss = pi_loss * 0, v_loss * 0
+            scaler.scale((pi_loss""",
     "a guard zeroes the loss, and still steps",
     test_loop.test_an_update_is_what_it_would_be_by_hand,
     scaling=False,
@@ -720,8 +720,8 @@ change_loop(
 )
 change_loop(
     "ppo-update",
-    "loss * part.host_mask.sum() / n_tokens",
-    "loss * len(index) / len(minibatch)",
+    "part.host_mask.sum() / n_tokens",
+    "len(index) / len(minibatch)",
     "micro-batches weigh by rows",
     test_loop.test_micro_batches_make_the_same_step,
 )
@@ -740,16 +740,16 @@ for old, mistake, scaling in (
     )
 change_loop(
     "ppo-update",
-    ".split(settings.ppo_minibatch_size)",
-    ".sort().values.split(settings.ppo_minibatch_size)",
+    "rollout.minibatches(*sizes, generator)",
+    "torch.arange(len(rollout)).repeat(sizes[0]).split(sizes[1])",
     "minibatches never reshuffled",
     test_loop.test_every_response_is_used_once_an_epoch,
     size=24,
 )
 change_loop(
     "ppo-update",
-    "    for minibatch in minibatches:\n",
-    "    policy.train()\n    for minibatch in minibatches:\n",
+    "    for minibatch in rollout",
+    "    policy.train()\n    for minibatch in rollout",
     "dropout during the update",
     test_loop.test_the_update_changes_the_policy_and_nothing_else,
 )

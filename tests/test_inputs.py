@@ -141,11 +141,11 @@ def test_a_context_shorter_than_a_text(tmp_path, world, places, says):
     name = model_folder(tmp_path, world, gpt2(n_positions=places))
     settings = dataclasses.replace(TINY, model_name=name)
     if says is None:
-        inputs.prepare(settings)
+        inputs.prepare(settings, "sft")
         longer = dataclasses.replace(settings, max_new_tokens=64)
         says, settings = r"prompt_max_tokens \+ max_new_tokens is 71", longer
     with pytest.raises(ValueError, match=says):
-        inputs.prepare(settings)
+        inputs.prepare(settings, "sft")
 
 
 def test_a_model_without_a_limit_passes():
@@ -158,7 +158,7 @@ def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world):
     name = model_folder(tmp_path, world, gpt2(vocab_size=500))
     settings = dataclasses.replace(TINY, model_name=name)
     with pytest.raises(ValueError, match="has 927 tokens and the model only 500"):
-        inputs.prepare(settings)
+        inputs.prepare(settings, "sft")
 
 
 def test_two_tokenizers(tmp_path, world):

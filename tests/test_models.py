@@ -1,10 +1,8 @@
-import json
 import math
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,17 +14,14 @@ from utils.models import (
     RewardHead,
     RewardModel,
     ValueHead,
-    find_artefacts,
     freeze,
     hidden_states,
     hidden_states_by_length,
     load_causal_lm,
     position_ids,
-    save_artefact,
     vocabulary_logits,
     vocabulary_weight,
 )
-from utils.settings import TINY
 
 ROWS = [[5, 6, 7, 8, 9], [3], [4, 2], [1, 2, 3, 4]]
 
@@ -171,33 +166,3 @@ def test_a_reward_model_takes_the_trunk_of_a_language_model(tmp_path):
     model = RewardModel.from_pretrained(tmp_path)
     for name, weight in lm.base_model.named_parameters():
         assert torch.equal(weight, model.trunk.get_parameter(name))
-
-
-def test_artefacts_load_with_plain_transformers(tmp_path, world):
-    from utils.data import load_tokenizer
-
-    lm, tokenizer = gpt2(), load_tokenizer(str(world / "model"))
-    save_artefact(tmp_path / "sft", lm, tokenizer, {"after": {"loss": 1.5}})
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "sft", dtype=torch.float32
-    )
-    ids = torch.tensor([ROWS[0]])
-    assert torch.equal(lm(ids).logits, reloaded.eval()(ids).logits)
-    assert load_tokenizer(str(tmp_path / "sft")).get_vocab() == tokenizer.get_vocab()
-    found = json.loads((tmp_path / "sft" / "metrics.json").read_text())
-    assert found == {"after": {"loss": 1.5}}
-
-
-def test_a_missing_artefact_names_both_ways_out(tmp_path):
-    from dataclasses import replace
-
-    settings = replace(TINY, runs_dir=str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        find_artefacts(settings, "sft", "reward_model")
-    assert "USE_DRIVE = True" in str(error.value)
-    assert "!python -m utils --only 1,2 --preset tiny" in str(error.value)
-    (settings.folder / "sft").mkdir(parents=True)
-    (settings.folder / "sft" / "metrics.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="--only 2 --preset tiny"):
-        find_artefacts(settings, "sft", "reward_model")
-    assert find_artefacts(settings, "sft") == [str(settings.folder / "sft")]

@@ -157,7 +157,7 @@ def field_names():
         ({"mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, r"\[0, 0, 0\]"),
         ({"mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}, r"\[1, 0, 1\]"),
         ({"mask": torch.tensor([[0, 1, 1], [1, 1, 0]])}, r"\[0, 1, 1\]"),
-        ({"scores": torch.tensor([0.0, float("nan")])}, "a score is nan"),
+        ({"scores": torch.tensor([0.0, float("nan")])}, "one of the scores is nan"),
         ({"old_values": torch.zeros(2, 4)}, r"old_values has shape \(2, 4\).*\(2, 3\)"),
         ({"scores": torch.zeros(2, 1)}, r"scores has shape \(2, 1\).*\(2,\)"),
         ({"attention_mask": torch.zeros(2, 6)}, r"attention_mask.*\(2, 6\).*\(2, 5\)"),

@@ -1,6 +1,6 @@
 """The models of the three stages: a trunk with a head for each job."""
 
-import json
+import inspect
 import math
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from utils.support.inputs import check_causal, loading
 
 GROUP = 32  # texts that run through the trunk together, where lengths differ much
-NOTEBOOK_OF = {"sft": "1", "reward_model": "2", "policy": "3"}
 
 
 def load_config(name: str):
@@ -97,6 +96,12 @@ def hidden_states_by_length(
         states.append(F.pad(output.last_hidden_state, (0, 0, 0, length - end)))
     back = order.argsort().to(device, non_blocking=True)
     return torch.cat(states)[back]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls its cache of keys and values: transformers 5.24 renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def vocabulary_weight(lm: nn.Module) -> Tensor:
@@ -195,32 +200,3 @@ class PolicyWithValueHead(nn.Module):
         super().__init__()
         self.lm = lm
         self.value_head = ValueHead(lm.config.hidden_size)
-
-
-def save_artefact(folder: Path, model, tokenizer, metrics: dict):
-    """Write a model, its tokenizer and what was measured on it (`metrics.json`)."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-
-
-def find_artefacts(settings, *names: str) -> list[str]:
-    """The folders of artefacts that other notebooks made.
-
-    Raises FileNotFoundError, with both ways out, if one is not there.
-    """
-    files = {"reward_model": RewardModel.HEAD_FILE}  # of the others, the last written
-    missing = [
-        name
-        for name in names
-        if not (settings.folder / name / files.get(name, "metrics.json")).exists()
-    ]
-    if missing:
-        numbers = ",".join(NOTEBOOK_OF[name] for name in missing)
-        raise FileNotFoundError(
-            f"{settings.folder} has no {' and no '.join(missing)}, which notebook "
-            f"{numbers} makes. If you ran it on another Colab machine, set USE_DRIVE = "
-            "True in the setup cell of every notebook; or make it here, in a new cell: "
-            f"!python -m utils --only {numbers} --preset {settings.preset}"
-        )
-    return [str(settings.folder / name) for name in names]

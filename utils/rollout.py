@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from utils.models import (
+    cache_argument,
     hidden_states_by_length,
     position_ids,
     vocabulary_logits,
@@ -27,7 +29,8 @@ def draw_tokens(
 
     The probabilities stand end to end on a line of length 1; where a random number
     falls, there is the token. `torch.multinomial` draws a random number for each word
-    of the vocabulary instead, which takes a CPU longer than the projection.
+    of the vocabulary instead, which takes a CPU longer than the projection. A hidden
+    state that is not a number draws the last word; `Rollout` then finds it.
     """
     tokens = []
     for rows in hidden.split(64):  # few enough for their logits to stay in the cache
@@ -36,7 +39,9 @@ def draw_tokens(
         places = torch.rand(
             (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
         )
-        tokens.append(torch.searchsorted(ends, places * ends[:, -1:], right=True))
+        found = torch.searchsorted(ends, places * ends[:, -1:], right=True)
+        # A NaN falls behind the last word, where a GPU would stop for good
+        tokens.append(found.clamp(max=ends.shape[1] - 1))
     return torch.cat(tokens).squeeze(1)
 
 
@@ -62,17 +67,17 @@ def sample_responses(
     input_ids = F.pad(prompt_ids, (0, max_new_tokens), value=eos_id)
     attention_mask = F.pad(prompt_mask, (0, max_new_tokens))
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)  # not finished
-    start, cache = 0, None
+    start, cache = 0, DynamicCache(config=lm.config)
+    cached = {cache_argument(lm.base_model): cache, "use_cache": True}
     for end in range(width, width + max_new_tokens):
         mask = attention_mask[rows, :end]
         output = lm.base_model(
             input_ids=input_ids[rows, start:end],
             attention_mask=mask,
             position_ids=position_ids(mask)[:, start:],
-            past_key_values=cache,
-            use_cache=True,
+            **cached,
         )
-        hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+        hidden = output.last_hidden_state[:, -1]
         tokens = draw_tokens(lm, hidden, temperature, generator)
         input_ids[rows, end], attention_mask[rows, end] = tokens, 1
         start, alive = end, (tokens != eos_id).nonzero().squeeze(1)
@@ -132,7 +137,7 @@ class Rollout:
     (B, P + T): input_ids, attention_mask. (B,): raw_scores (logits of the reward
     model) and scores (the same normalised). (B, T): the rest. Raises ValueError if
     the shapes disagree, if a response mask is not one run of 1s from the first slot,
-    or if a score is not finite.
+    or if a score or another number is not finite.
     """
 
     input_ids: Tensor
@@ -166,13 +171,39 @@ class Rollout:
                 "each row of a response mask must be a run of 1s and then 0s, got "
                 f"{mask[broken][0].tolist()}; take the mask from sample_responses"
             )
-        if not self.scores.isfinite().all():
-            bad = self.scores[~self.scores.isfinite()][0].item()
-            raise ValueError(f"a score is {bad}; check the reward model and its inputs")
+        self._check_finite(("scores", "old_logprobs", "ref_logprobs", "old_values"))
         self.host_mask = self.mask.cpu()  # tells lengths without waiting for a GPU
 
     def __len__(self):
         return len(self.mask)
+
+    def _check_finite(self, names):
+        numbers = [getattr(self, name).flatten() for name in names]
+        if torch.cat(numbers).isfinite().all():  # one look, for which a GPU is waited
+            return
+        models = ("reward model", "policy", "reference", "value head of the policy")
+        for name, x, model in zip(names, numbers, models, strict=True):
+            if not x.isfinite().all():
+                bad = x[~x.isfinite()][0].item()
+                raise ValueError(
+                    f"one of the {name} is {bad}; check the {model} and its inputs, or "
+                    "set precision to float32"
+                )
+
+    def minibatches(
+        self, epochs: int, size: int, generator: torch.Generator
+    ) -> list[Tensor]:
+        """Indices of the minibatches of all epochs, in a new random order each epoch.
+
+        They are drawn at once and lie in the CPU's memory, so that no minibatch has to
+        wait for a GPU.
+        """
+        device = self.mask.device
+        orders = [
+            torch.randperm(len(self), generator=generator, device=device)
+            for _ in range(epochs)
+        ]
+        return [part for order in orders for part in order.cpu().split(size)]
 
     def rows(self, index: Tensor) -> "Rollout":
         """Some of the responses; their checks were made when the rollout was.

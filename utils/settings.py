@@ -65,6 +65,7 @@ class Settings:
     value_clip_range: float = 1.0  # of the value [normalised score]
     value_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 1.0
+    max_approx_kl: float = 0.2  # ends an update early [nats per token]; 0: no bound
     missing_eos_score: float = -1.0  # of a response that never ends [normalised score]
     # 3. PPO: the measurements
     normalise_samples: int = 512  # SFT responses that fix the score's scale [responses]
@@ -72,9 +73,10 @@ class Settings:
     time_machine_prompts: int = 6  # of them, followed through training; 0: none
     frontier_rollouts: int = 0  # PPO at each of a few betas; 0: none [rollouts]
     best_of_n: int = 16  # to compare these with [responses to each held-out prompt]
+    checkpoint_every: int = 8  # PPO saves its state, to go on from [rollouts]
 
     def __post_init__(self):
-        may_be_zero = ("kl_coef", "kl_target", "value_coef", "seed")
+        may_be_zero = ("kl_coef", "kl_target", "value_coef", "seed", "max_approx_kl")
         may_be_zero += ("time_machine_prompts", "frontier_rollouts")
         shares = ("sft_warmup", "gamma", "gae_lambda")
         for name, value in dataclasses.asdict(self).items():

@@ -29,6 +29,7 @@ FIRST_SEED = 1000  # of the pre-training
 FILE = Path(__file__).with_name("bands.json")
 # What leaves the figures as they are
 FREE = ("seed", "runs_dir", "time_machine_prompts", "frontier_rollouts", "best_of_n")
+FREE += ("checkpoint_every",)
 
 
 def fixed(settings) -> dict:

@@ -19,7 +19,7 @@ WORDS, EOS, LENGTH = ("EOS", "a", "b"), 0, 3
 PROMPT = [EOS]  # like a text of GPT-2 that begins with its only special token
 # How PPO learns here: as in the tiny preset, but a model this small takes larger steps
 SETTINGS = dataclasses.replace(
-    TINY, max_new_tokens=LENGTH, ppo_lr=4e-3, value_head_lr=2e-2
+    TINY, max_new_tokens=LENGTH, ppo_lr=4e-3, value_head_lr=2e-2, max_approx_kl=0.0
 )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from utils.support.guards import advise_on_memory
+
 
 def _first_line(error) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -174,16 +176,18 @@ def check_causal(lm, name):
         )
 
 
-def prepare(settings):
+def prepare(settings, artefact: str):
     """Have everything at hand that the settings name, and see that it fits together.
 
-    Builds the tiny world if it is used. Raises ValueError if texts of these settings
+    Builds the tiny world if it is used, and sees to it that a GPU without memory says
+    what to lower to make this artefact. Raises ValueError if texts of these settings
     are too long for the model, or if the tokenizer knows more words than it.
     """
     from utils.data import load_tokenizer
     from utils.models import load_config
     from utils.support import toy  # which imports the others, and they this module
 
+    advise_on_memory(settings, artefact)
     toy.prepare(settings)
     name = settings.model_name
     config, tokenizer = load_config(name), load_tokenizer(name)

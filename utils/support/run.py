@@ -9,16 +9,15 @@ from pathlib import Path
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support import bands
+from utils.support.artefacts import STAGES, write_text
 from utils.support.notebook import NOTEBOOKS, ROOT
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# Each artefact, in the order of the notebooks.
-ARTEFACTS = ("sft", "reward_model", "policy")
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
 EARLIER_FIGURES = {
     "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
@@ -82,7 +81,7 @@ def execute(name: str, folder: Path, env: dict):
             client.bar.update(client.bar.total - client.bar.n)
         finally:
             _tidy(notebook)
-            nbformat.write(notebook, folder / name)
+            write_text(folder / name, nbformat.writes(notebook) + "\n")
 
 
 def report(settings, notebooks) -> tuple[dict, str]:
@@ -92,12 +91,12 @@ def report(settings, notebooks) -> tuple[dict, str]:
     folder = ROOT / settings.folder
     found = {
         name: json.loads((folder / name / "metrics.json").read_text())
-        for name in ARTEFACTS
+        for name in STAGES
         if (folder / name / "metrics.json").exists()
     }
     before, after = {}, {}
     for name, metrics in found.items():
-        if NOTEBOOKS[ARTEFACTS.index(name)] not in notebooks:
+        if NOTEBOOKS[list(STAGES).index(name)] not in notebooks:
             continue
         before.update(metrics.get("before", {}))
         after.update(metrics["after"])
@@ -141,8 +140,19 @@ def parse(argv):
     return options
 
 
+def _how_to_go_on(error, rest) -> str:
+    happened = "was interrupted"
+    if isinstance(error, DeadKernelError):
+        happened = "lost its kernel (out of memory, perhaps: then lower batch sizes)"
+    numbers = ",".join(name[0] for name in rest)
+    return (
+        f"\n{rest[0]} {happened}; run the same command again, with --only {numbers}. "
+        "PPO goes on from where it was saved last."
+    )
+
+
 def main(argv=None) -> int:
-    """Run what the command line asks for; 1 if a cell failed."""
+    """Run what the command line asks for; 1 if a cell failed or was cut off."""
     options = parse(argv)
     folder = ROOT / options.settings.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,10 +164,14 @@ def main(argv=None) -> int:
                 f"\n{name} failed. The cell and its error:\n\n{error}", file=sys.stderr
             )
             return 1
+        except (DeadKernelError, KeyboardInterrupt) as error:
+            rest = options.notebooks[options.notebooks.index(name) :]
+            print(_how_to_go_on(error, rest), file=sys.stderr)
+            return 1
         if options.save_outputs:
-            nbformat.write(nbformat.read(folder / name, as_version=4), ROOT / name)
+            write_text(ROOT / name, (folder / name).read_text("utf8"))
     metrics, table = report(options.settings, options.notebooks)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(
         f"\n{table}\n\nExecuted notebooks and metrics.json: {options.settings.folder}"
     )

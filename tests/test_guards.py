@@ -1,0 +1,258 @@
+"""Numbers that are not finite stop a step; a full GPU says what to lower."""
+
+import copy
+import dataclasses
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.test_loop import SCALER, collect
+from tests.test_rollout import small_lm
+from utils.models import PolicyWithValueHead, freeze
+from utils.settings import TINY
+from utils.support.guards import clip_gradients
+from utils.support.notebook import ROOT, import_cells
+
+NAN, INF = float("nan"), float("inf")
+
+
+def model_with_gradients(*gradients):
+    """A model of scalars, whose gradients these are."""
+    model = torch.nn.ParameterDict(
+        {f"w{i}": torch.nn.Parameter(torch.ones(2)) for i in range(len(gradients))}
+    )
+    for weight, gradient in zip(model.values(), gradients, strict=True):
+        weight.grad = torch.tensor(gradient)
+    return model
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 100.0])
+def test_finite_gradients_are_clipped_as_by_torch(max_norm):
+    gradients = [[3.0, 0.0], [0.0, 4.0]]  # of norm 5
+    ours, torchs = model_with_gradients(*gradients), model_with_gradients(*gradients)
+    clip_gradients(ours, max_norm, SCALER, {"loss": torch.tensor(2.0)})
+    torch.nn.utils.clip_grad_norm_(torchs.parameters(), max_norm)
+    for a, b in zip(ours.values(), torchs.values(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert ours["w0"].grad[0].item() == pytest.approx(3 * min(max_norm, 5) / 5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "stats, gradients, says",
+    [
+        ([{"loss": NAN}], [[1.0, 1.0]], "^the loss is nan, so this step was not taken"),
+        ([{"loss": 1.0}, {"value_loss": INF}], [[1.0, 1.0]], "^the value loss is inf"),
+        ([{"loss": 1.0}], [[1.0, 1.0], [NAN, 1.0]], "^the gradient of w1 is nan"),
+        (
+            [{"loss": 1.0}],
+            [[1.0, -INF], [1.0, 1.0], [NAN, 1.0]],
+            r"^the gradient of w0 \(and of 1 other weights\) is -inf",
+        ),
+        # so large that only their common norm is too large for a float32
+        ([{"loss": 1.0}], [[3e38, 3e38]], "^the gradient of all weights"),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_is_named_before_it_is_used(stats, gradients, says):
+    model = model_with_gradients(*gradients)
+    stats = [{k: torch.tensor(v) for k, v in figures.items()} for figures in stats]
+    with pytest.raises(FloatingPointError, match=says) as caught:
+        clip_gradients(model, 1.0, SCALER, *stats)
+    assert "\n" not in str(caught.value) and "lower the learning rate" in str(
+        caught.value
+    )
+    for weight, gradient in zip(model.values(), gradients, strict=True):
+        torch.testing.assert_close(weight.grad, torch.tensor(gradient), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "scale, figure, stops",
+    [(8.0, 1.0, False), (0.5, 1.0, True), (8.0, NAN, True)],
+)
+def test_with_loss_scaling_an_overflow_is_left_to_the_scaler(scale, figure, stops):
+    """But not a loss, nor a gradient that overflows without being scaled up."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.zeros(()))  # the scale is made with the first loss
+    stats = {"loss": torch.tensor(figure)}
+    if not stops:
+        return clip_gradients(model_with_gradients([INF, 1.0]), 1.0, scaler, stats)
+    with pytest.raises(FloatingPointError):
+        clip_gradients(model_with_gradients([INF, 1.0]), 1.0, scaler, stats)
+
+
+@pytest.fixture
+def started():
+    """The two functions of the loop, a policy, its optimiser, and a first rollout."""
+    loop = import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-update")
+    policy = PolicyWithValueHead(small_lm()).double().eval()
+    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
+    return loop["ppo_update"], policy, rollout
+
+
+SETTINGS = dataclasses.replace(
+    TINY,
+    ppo_episodes=24,
+    ppo_rollout_size=24,
+    ppo_minibatch_size=12,
+    ppo_micro_batch_size=4,
+    max_new_tokens=6,
+)
+
+
+def update(started, settings, lr=1e-3):
+    ppo_update, policy, rollout = started
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(0)
+    return ppo_update(policy, optimizer, SCALER, rollout, settings, generator)
+
+
+def test_ppo_keeps_the_last_good_weights(started):
+    """A gradient that breaks at the third step leaves what the second one made."""
+    _, policy, _ = started
+    good, calls = [], []
+    weight = policy.value_head.weight
+
+    def hook(grad):
+        calls.append(1)
+        if len(calls) % 3 == 1:  # the first of the three pieces of a minibatch
+            good.append(copy.deepcopy(policy.state_dict()))
+        return grad * NAN if len(calls) == 8 else grad
+
+    weight.register_hook(hook)
+    with pytest.raises(
+        FloatingPointError, match="gradient of value_head.weight is nan"
+    ):
+        update(started, SETTINGS)
+    assert len(good) == 3
+    assert not torch.equal(good[2]["value_head.weight"], good[1]["value_head.weight"])
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, good[2][name])
+
+
+def test_a_loss_that_breaks_is_named(started):
+    _, policy, rollout = started
+    rollout.returns[3] = NAN
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(FloatingPointError, match="^the value loss is nan"):
+        update(started, dataclasses.replace(SETTINGS, ppo_minibatch_size=24))
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_an_update_ends_early_beyond_the_bound(started):
+    """The step that would follow a KL above the bound is not taken, nor any other."""
+    _, policy, _ = started
+    free = dataclasses.replace(SETTINGS, max_approx_kl=0.0)
+    trained = copy.deepcopy(policy)
+    stats = update((started[0], trained, started[2]), free, lr=0.05)
+    assert stats["optimizer_steps"].item() == 8
+    # of each minibatch, from its three pieces by their share of its tokens
+    order = started[2].minibatches(4, 12, torch.Generator().manual_seed(0))
+    pieces = [piece for minibatch in order for piece in minibatch.split(4)]
+    tokens = torch.stack([started[2].mask[piece].sum() for piece in pieces]).view(8, 3)
+    kls = (stats["approx_kl"].view(8, 3) * tokens).sum(1) / tokens.sum(1)
+    assert kls[0] < 1e-9 < kls[1]
+    first = max(i for i in range(1, 8) if kls[i] > kls[:i].max())  # the last record
+    bound = (kls[:first].max().item() + kls[first].item()) / 2
+    bounded = copy.deepcopy(policy)
+    settings = dataclasses.replace(SETTINGS, max_approx_kl=bound)
+    stats = update((started[0], bounded, started[2]), settings, lr=0.05)
+    assert stats["optimizer_steps"].item() == first
+    assert len(stats["approx_kl"]) == 3 * (first + 1)  # what ended it is in the records
+    # The same first steps by hand
+    by_hand = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.05)
+    steps = []
+
+    class Stop(Exception):
+        pass
+
+    class Counting(torch.amp.GradScaler):
+        def step(self, optimizer):
+            if len(steps) == first:
+                raise Stop
+            steps.append(1)
+            return super().step(optimizer)
+
+    with pytest.raises(Stop):
+        started[0](
+            *(by_hand, optimizer, Counting("cpu", enabled=False), started[2], free),
+            torch.Generator().manual_seed(0),
+        )
+    for a, b in zip(bounded.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, who",
+    [
+        ("scores", "reward model"),
+        ("old_logprobs", "policy"),
+        ("ref_logprobs", "reference"),
+        ("old_values", "value head of the policy"),
+    ],
+)
+def test_a_rollout_with_a_number_that_is_not_finite(started, name, who):
+    rollout = started[2]
+    fields = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
+    broken = fields[name].clone()
+    broken.view(-1)[2] = NAN
+    with pytest.raises(
+        ValueError, match=f"^one of the {name} is nan; check the {who} "
+    ):
+        type(rollout)(**{**fields, name: broken})
+
+
+OUT_OF_MEMORY = """
+import torch, weakref
+class Big: pass
+def fill():
+    big = Big()
+    global held
+    held = weakref.ref(big)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\\nGPU 0")
+kept = "still here"
+fill()
+"""
+
+
+@pytest.mark.faults
+def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
+    """In a real kernel; the error is raised by hand, since no GPU is needed here."""
+    cells = [
+        "from utils.settings import TINY\n"
+        "from utils.support.guards import advise_on_memory\n"
+        "advise_on_memory(TINY, 'policy')",
+        OUT_OF_MEMORY,
+        "print(kept, held() is None)",
+        "1 / 0",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        allow_errors=True,
+        resources={"metadata": {"path": str(ROOT)}},
+    )
+    client.execute()
+    outputs = [cell.outputs for cell in notebook.cells]
+    (error,) = outputs[1]
+    assert error.ename == "OutOfMemoryError"
+    assert error.evalue.startswith(
+        "the GPU's memory is full; lower ppo_micro_batch_size (64), ppo_minibatch_size "
+        "(64), ppo_rollout_size (256) or max_new_tokens (32)"
+    )
+    assert len(error.traceback) == 1 and "fill()" not in error.traceback[0]
+    assert outputs[2][0].text == "still here True\n"
+    assert outputs[3][0].ename == "ZeroDivisionError"  # other errors are as ever
+    assert len(outputs[3][0].traceback) > 1
+    survived("the GPU's memory is full", error.evalue)
+    nbformat.validate(notebook)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_a_gpu_really_raises_is_caught():
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**60, device="cuda")

@@ -1,0 +1,215 @@
+"""The state of a PPO run on disk, so that a run that was cut off can go on.
+
+One file of safetensors holds all: the tensors as they are, everything else as JSON in
+the file's header. Nothing in it is ever executed, as unpickling would.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from utils.support.artefacts import set_aside
+
+KIND = "state of a PPO run"
+# Settings that leave the run as it is
+FREE = ("runs_dir", "checkpoint_every", "frontier_rollouts", "best_of_n")
+READ_BY_LEARNERS = Path(__file__).parents[1]  # utils/*.py
+
+
+def _pack(value, tensors, name="state"):
+    """What JSON can hold of a nest of dicts and lists; its tensors go to `tensors`."""
+    if isinstance(value, Tensor):
+        while name in tensors:  # 1 and "1" are two keys, but one name
+            name += "'"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs: JSON knows no keys but strings
+        pairs = [[k, _pack(v, tensors, f"{name}.{k}")] for k, v in value.items()]
+        return {"pairs": pairs}
+    if isinstance(value, list | tuple):
+        return [_pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _unpack(value, tensors):
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        return {k: _unpack(v, tensors) for k, v in value["pairs"]}
+    return value
+
+
+def write_state(path: Path, key: dict, state: dict):
+    """Write a nest of dicts, lists, tensors and plain values, or leave the old file.
+
+    `key` says in plain values what run it belongs to. Tuples come back as lists.
+    """
+    tensors = {}
+    packed = _pack(state, tensors)
+    header = {"kind": KIND, "key": json.dumps(key), "state": json.dumps(packed)}
+    # A folder, since safetensors may leave a file of its own there when it is killed
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(tensors, unfinished / path.name, metadata=header)
+    os.replace(unfinished / path.name, path)
+    unfinished.rmdir()
+
+
+def read_state(path: Path) -> tuple[dict, dict]:
+    """The key and the state of a file of `write_state`.
+
+    Raises ValueError if it is cut off, or another file.
+    """
+    try:
+        with safe_open(path, "pt") as file:  # compares the size with the header
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from None
+    if header.get("kind") != KIND:
+        raise ValueError(f"it is no {KIND}")
+    return json.loads(header["key"]), _unpack(json.loads(header["state"]), tensors)
+
+
+def _fingerprint(thing) -> str:
+    """A few letters that change if the code, the weights or the values do."""
+    if isinstance(thing, nn.Module):
+        # Whole numbers, whose sum does not depend on the order or the device
+        bits = (p.view(torch.int32) for p in thing.parameters())
+        thing = [int(x.sum(dtype=torch.int64)) for x in bits]
+    elif callable(thing):
+        thing = inspect.getsource(thing)
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
+
+
+def _state_of(part):
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, nn.Module):  # each weight once, also where two names share it
+        return dict(part.named_parameters())
+    return part.state_dict()
+
+
+@torch.no_grad()
+def _put_back(part, state):
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, nn.Module):
+        for name, parameter in part.named_parameters():
+            parameter.copy_(state[name])
+    else:
+        part.load_state_dict(state)
+
+
+def _random_states() -> dict:
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_states(states):
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class Checkpoint:
+    """Saves a PPO run every few rollouts, and goes on from there.
+
+    `parts` are the objects that training changes (policy, optimizer, schedule, scaler,
+    generator), by name; `made_of` is what the run depends on, by name: functions of
+    the notebook (their source counts), models (their weights), plain values. A saved
+    run is taken up only if these are the same, and all settings and the files
+    `utils/*.py`, so that it never hides an edit.
+    """
+
+    def __init__(self, settings, parts: dict, made_of: dict):
+        self.path = settings.folder / "ppo.safetensors"
+        self.every, self.total = settings.checkpoint_every, settings.ppo_steps
+        self.parts = parts
+        sources = sorted(READ_BY_LEARNERS.glob("*.py"))
+        files = {f"utils/{source.name}": source.read_text("utf8") for source in sources}
+        self.key = {
+            "settings": {
+                name: value
+                for name, value in dataclasses.asdict(settings).items()
+                if name not in FREE
+            },
+            "made of": {
+                name: _fingerprint(thing)
+                for name, thing in {**files, **made_of}.items()
+            },
+        }
+
+    def restore(self, history: list, *records) -> list:
+        """Put all parts back as they were saved, and give the records saved with them.
+
+        Without a saved run of the same settings, models and code, the parts stay as
+        they are and the given records come back. Says which of the two it is. A file
+        that cannot be used is renamed, not deleted.
+        """
+        fresh, path = [history, *records], self.path
+        if not path.exists():
+            print(f"PPO begins, and is saved every {self.every} rollouts to {path}")
+            return fresh
+        try:
+            key, state = read_state(path)
+        except ValueError as error:
+            name = set_aside(path).name
+            print(f"PPO begins anew: {path} is damaged or another file ({error})")
+            print(f"(it was renamed to {name})")
+            return fresh
+        done = len(state["records"][0])
+        if changes := self._changes(key):
+            # A finished run has left its policy, of any other this is all there is
+            kept = "" if done == self.total else f"; renamed to {set_aside(path).name}"
+            print(f"PPO begins anew: the run in {path} had {changes}{kept}")
+            return fresh
+        for name, part in self.parts.items():
+            _put_back(part, state["parts"][name])
+        _set_random_states(state["random"])
+        print(f"PPO goes on after {done} of {self.total} rollouts, from {path}")
+        print("(to begin anew: checkpoint.discard(), then this cell again)")
+        return state["records"]
+
+    def _changes(self, key) -> str:
+        changes = [
+            f"{name} {key['settings'].get(name)!r} instead of {value!r}"
+            for name, value in self.key["settings"].items()
+            if key["settings"].get(name) != value
+        ]
+        changes += [
+            f"another {name}"
+            for name, fingerprint in self.key["made of"].items()
+            if key["made of"].get(name) != fingerprint
+        ]
+        return ", ".join(changes)
+
+    def save(self, history: list, *records):
+        """Save the run if it is time to: every few rollouts, and after the last."""
+        if len(history) % self.every and len(history) != self.total:
+            return
+        parts = {name: _state_of(part) for name, part in self.parts.items()}
+        records = [history, *records]
+        state = {"parts": parts, "records": records, "random": _random_states()}
+        write_state(self.path, self.key, state)
+
+    def discard(self):
+        """Delete the saved run."""
+        self.path.unlink(missing_ok=True)
