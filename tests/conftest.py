@@ -17,12 +17,12 @@ torch.set_num_threads(1)  # on tensors this small more threads only wait for eac
 from utils.support import toy  # noqa: E402
 
 
-def run_series(*arguments, **environ):
+def run_series(*arguments, cwd=ROOT, **environ):
     """`python -m utils` with these arguments, finished: on the CPU, nothing preset."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
     return subprocess.run(
         [sys.executable, "-m", "utils", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
         capture_output=True,
         text=True,

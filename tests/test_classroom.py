@@ -1,0 +1,409 @@
+"""What goes wrong in a classroom, done for real to the notebooks.
+
+Kernels are killed, cells are run twice and out of order, numbers explode, and other
+models come in. `python -m pytest -m faults` runs these tests, and prints a table.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import datasets
+import nbformat
+import psutil
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from tests.conftest import ROOT, run_series
+from utils.data import load_tokenizer
+from utils.support.checkpoint import read_state
+from utils.support.notebook import NOTEBOOKS
+
+pytestmark = pytest.mark.faults
+
+TOKEN = "hf_" + "Thisisnotatokenbutacanaryof34chars"
+SHORT = {
+    "RLHF_EVAL_PROMPTS": "32",
+    "RLHF_NORMALISE_SAMPLES": "64",
+    "RLHF_PPO_EPISODES": "1280",
+    "RLHF_PPO_ROLLOUT_SIZE": "128",
+    "RLHF_CHECKPOINT_EVERY": "1",
+    "RLHF_FRONTIER_ROLLOUTS": "0",
+    "RLHF_TIME_MACHINE_PROMPTS": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def short(world, tmp_path_factory):
+    """Variables for a short run, on a small part of the tiny world's reviews."""
+    folder = tmp_path_factory.mktemp("few reviews")
+    reviews = datasets.load_dataset(str(world / "dataset"))
+    for split, rows in (("train", 1600), ("validation", 300)):
+        file = folder / "data" / f"{split}-0.parquet"
+        file.parent.mkdir(exist_ok=True)
+        reviews[split].select(range(rows)).to_parquet(file)
+    names = {"RLHF_MODEL_NAME": world / "model", "RLHF_DATASET_NAME": folder}
+    return {**SHORT, **{name: str(value) for name, value in names.items()}}
+
+
+def files(folder):
+    """Each file below a folder, and when it was changed."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project, with a home of its own; both paths."""
+    folder = tmp_path_factory.mktemp("home") / "project"
+    skip = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.aside-*")
+    shutil.copytree(ROOT, folder, ignore=skip)
+    return folder, folder.parent
+
+
+@pytest.fixture(scope="module")
+def whole(short, project):
+    """A run of the three notebooks that nobody disturbed: its folder, its new files."""
+    folder, home = project
+    before = files(home)
+    done = run_series(cwd=folder, HOME=str(home), HF_TOKEN=TOKEN, **short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    new = {path for path, time in files(home).items() if before.get(path) != time}
+    return folder / "runs" / "tiny", new, done.stdout + done.stderr
+
+
+def figures(folder, name="policy"):
+    """What was measured, without the seconds that it took."""
+    found = json.loads((folder / name / "metrics.json").read_text())
+    found.pop("seconds", None)
+    return found
+
+
+def test_nothing_is_written_elsewhere(whole, project, survived):
+    """Only below runs/, and in the caches of the libraries."""
+    folder, home = project
+    allowed = [
+        folder / "runs",
+        *(home / f".{x}" for x in ("cache", "config", "ipython")),
+    ]
+    allowed.append(home / ".local" / "share" / "jupyter")
+    elsewhere = [
+        path
+        for path in whole[1]
+        if path.suffix != ".pyc" and not any(a in path.parents for a in allowed)
+    ]
+    assert whole[1] and not elsewhere
+    survived("files written outside runs/ and the caches", "none")
+
+
+def test_a_token_is_never_printed_or_stored(whole, survived):
+    _, new, said = whole
+    assert TOKEN not in said
+    assert not [path for path in new if TOKEN.encode() in path.read_bytes()]
+    survived(f"HF_TOKEN is set: searched {len(new)} files and all output", "not found")
+
+
+def copied(whole, runs, *names):
+    """A folder of runs with some of the undisturbed run's artefacts."""
+    for name in names:
+        shutil.copytree(whole[0] / name, runs / "tiny" / name)
+    return {"RLHF_RUNS_DIR": str(runs)}
+
+
+@contextlib.contextmanager
+def started(*arguments, **environ):
+    """`python -m utils`, running, in a group of its own."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "utils", *arguments],
+        cwd=ROOT,
+        env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_rollouts(process, checkpoint, number):
+    """Wait until so many rollouts are saved; how many they are."""
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        if checkpoint.exists():
+            done = len(read_state(checkpoint)[1]["records"][0])
+            if done >= number:
+                return done
+    raise AssertionError(process.communicate()[1][-3000:])
+
+
+def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
+    """The kernel is killed, then everything; run all ends where it would have."""
+    environ = {**short, **copied(whole, tmp_path, "sft", "reward_model")}
+    checkpoint = tmp_path / "tiny" / "ppo.safetensors"
+    with started("--only", "3", **environ) as process:
+        first = wait_for_rollouts(process, checkpoint, 2)
+        for kernel in psutil.Process(process.pid).children(recursive=True):
+            kernel.kill()
+        _, error = process.communicate()
+    assert process.returncode == 1
+    assert "3-RLHF.ipynb lost its kernel" in error
+    assert "run the same command again, with --only 3. PPO goes on" in error
+    with started("--only", "3", **environ) as process:
+        second = wait_for_rollouts(process, checkpoint, first + 2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "tiny" / "policy").exists()
+    done = run_series("--only", "3", **environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = (tmp_path / "tiny" / "3-RLHF.ipynb").read_text()
+    resumed = int(re.search(r"PPO goes on after (\d+) of 10 rollouts", said)[1])
+    assert second <= resumed < 10
+    assert figures(tmp_path / "tiny") == figures(whole[0])
+    weights = "policy/model.safetensors"
+    assert (tmp_path / "tiny" / weights).read_bytes() == (
+        whole[0] / weights
+    ).read_bytes()
+    survived(
+        f"kernel, then process killed after {first} and {second} of 10 rollouts",
+        f"goes on after {resumed}; the same figures and weights, to the last bit",
+    )
+
+
+class Kernel:
+    """A notebook in a kernel of its own, in which cells are run by their ids."""
+
+    def __init__(self, name, environ, stack):
+        self.notebook = nbformat.read(ROOT / name, as_version=4)
+        self.cells = self.notebook.cells
+        self.ids = [cell.id for cell in self.cells if cell.cell_type == "code"]
+        path = {"metadata": {"path": str(ROOT)}}
+        self.client = NotebookClient(self.notebook, timeout=None, resources=path)
+        stack.enter_context(self.client.setup_kernel(env=environ))
+
+    def run(self, *ids):
+        for cell_id in ids:
+            (place,) = (i for i, cell in enumerate(self.cells) if cell.id == cell_id)
+            self.client.execute_cell(self.cells[place], place)
+
+    def say(self, source):
+        """Run this in a new cell."""
+        self.cells.append(nbformat.v4.new_code_cell(source))
+        self.run(self.cells[-1].id)
+
+
+@pytest.fixture
+def kernel(short):
+    """`kernel(name, **environ)` starts a `Kernel` for a short run."""
+    with contextlib.ExitStack() as stack:
+        ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
+        ours |= {"CUDA_VISIBLE_DEVICES": "", "RLHF_PRESET": "tiny", **short}
+        yield lambda name, **environ: Kernel(name, {**ours, **environ}, stack)
+
+
+@pytest.mark.parametrize(
+    "name, artefact", [(NOTEBOOKS[0], "sft"), (NOTEBOOKS[1], "reward_model")]
+)
+def test_every_cell_can_be_run_again(kernel, whole, tmp_path, survived, name, artefact):
+    """And what is saved afterwards is what was saved before."""
+    notebook = kernel(name, RLHF_RUNS_DIR=str(tmp_path))
+    notebook.run(*notebook.ids)
+    folder = tmp_path / "tiny"
+    expected = figures(whole[0], artefact)
+    assert figures(folder, artefact) == expected
+    file = f"{artefact}/model.safetensors"
+    weights = (folder / file).read_bytes()
+    assert weights == (whole[0] / file).read_bytes()
+    for cell_id in notebook.ids:
+        notebook.run(cell_id, "save")
+        assert figures(folder, artefact) == expected, cell_id
+        assert (folder / file).read_bytes() == weights, cell_id
+    fault = f"{name}: each of {len(notebook.ids)} cells run again"
+    survived(fault, "the same model and figures")
+
+
+def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, survived):
+    runs = copied(whole, tmp_path, "sft", "reward_model")
+    notebook = kernel(NOTEBOOKS[2], **runs)
+    ids = notebook.ids
+    notebook.run(*ids)
+    folder, expected = tmp_path / "tiny", figures(whole[0])
+    assert figures(folder) == expected
+    for cell_id in ids:
+        notebook.run(cell_id, "after", "save")
+        assert figures(folder) == expected, cell_id
+    # All that comes before the loop once more, between its start and the loop
+    notebook.say("checkpoint.discard()")
+    earlier = ids[: ids.index("start")]
+    notebook.run("start", *earlier, "snapshot", "loop", "after", "save")
+    assert figures(folder) == expected
+    assert len(expected["history"]) == 10
+    survived(
+        f"{NOTEBOOKS[2]}: each of {len(ids)} cells run again",
+        "the same policy and figures",
+    )
+
+
+def test_an_interrupted_loop_goes_on_in_the_same_kernel(
+    kernel, whole, tmp_path, survived
+):
+    """Stopped in an update; the cell of the preflight goes back to what was saved."""
+    runs = copied(whole, tmp_path, "sft", "reward_model")
+    notebook = kernel(NOTEBOOKS[2], **runs)
+    ids = notebook.ids
+    notebook.run(*ids[: ids.index("loop")])
+    stop = "\n".join(
+        [
+            "real_update, calls = ppo_update, []",
+            "def stopped(*arguments):",
+            "    calls.append(1)",
+            "    if len(calls) == 5:",
+            "        real_update(*arguments)",  # the policy moves, and then
+            "        raise KeyboardInterrupt",
+            "    return real_update(*arguments)",
+            "ppo_update = stopped",
+        ]
+    )
+    notebook.say(stop)
+    with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+        notebook.run("loop")
+    notebook.run("ppo-update", "start", *ids[ids.index("loop") :])
+    assert figures(tmp_path / "tiny") == figures(whole[0])
+    survived(
+        "the loop is interrupted in an update", "back to the last save, same figures"
+    )
+
+
+def said_by(done, number, runs):
+    """The error in which a notebook ended, of `python -m utils`."""
+    assert done.returncode == 1
+    notebook = nbformat.read(runs / "tiny" / NOTEBOOKS[number - 1], as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    (error,) = (output for output in outputs if output.output_type == "error")
+    assert "\n" not in error.evalue
+    return f"{error.ename}: {error.evalue}"
+
+
+@pytest.mark.parametrize(
+    "number, field, says",
+    [
+        (
+            1,
+            "SFT_LR",
+            "^FloatingPointError: the loss is nan, so this step was not taken",
+        ),
+        (2, "RM_LR", "^FloatingPointError: the loss is (nan|inf), so this step was"),
+        (3, "PPO_LR", "^FloatingPointError: the .* is nan, so this step was not taken"),
+    ],
+)
+def test_a_learning_rate_that_explodes(
+    whole, short, tmp_path, survived, number, field, says
+):
+    environ = {**short, f"RLHF_{field}": "1e30"}
+    environ |= copied(whole, tmp_path, "sft", "reward_model")
+    old = {p: p.read_bytes() for p in (tmp_path / "tiny").rglob("*") if p.is_file()}
+    done = run_series("--only", str(number), **environ)
+    said = said_by(done, number, tmp_path)
+    assert re.search(says, said), said
+    assert all(path.read_bytes() == content for path, content in old.items())
+    survived(f"{field} 1e30 in notebook {number}", said)
+
+
+def test_notebook_3_refuses_models_of_other_settings(whole, short, tmp_path, survived):
+    environ = {**short, **copied(whole, tmp_path, "sft", "reward_model")}
+    done = run_series("--only", "3", **{**environ, "RLHF_RM_EPOCHS": "2"})
+    said = said_by(done, 3, tmp_path)
+    assert "reward_model was made with rm_epochs 1 instead of 2; run notebook 2" in said
+    survived("reward model made with other settings", said)
+
+
+def other_model(folder, config, tokenizer):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def llama_tokenizer(texts):
+    """As Llama's: words begin with ▁, every text with <s>, and there is no padding."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special)
+    tokenizer.train_from_iterator(texts, trainer)
+    template = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    steps = [replace, decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer.decoder = decoders.Sequence(steps)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="module")
+def other_models(world, short, tmp_path_factory):
+    """Folders with models that learners might name instead."""
+    folder = tmp_path_factory.mktemp("models")
+    gpt2s = load_tokenizer(str(world / "model"))
+    reviews = datasets.load_dataset(short["RLHF_DATASET_NAME"])["train"]["sentence"]
+    llamas = llama_tokenizer(reviews)
+    ids = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+    larger = GPT2Config(n_layer=4, n_head=4, n_embd=96, n_positions=96, **ids)
+    distilled = GPT2Config(n_layer=1, n_head=2, n_embd=48, n_positions=80, **ids)
+    llama = LlamaConfig(
+        vocab_size=len(llamas),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    return {
+        "a larger GPT-2": other_model(folder / "larger", larger, gpt2s),
+        "a distilled GPT-2": other_model(folder / "distilled", distilled, gpt2s),
+        "a Llama": other_model(folder / "llama", llama, llamas),
+    }
+
+
+def test_other_models_run_by_changing_the_name_alone(
+    other_models, short, tmp_path, survived
+):
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for name, folder in other_models.items():
+            environ = {**short, "RLHF_MODEL_NAME": folder, "OMP_NUM_THREADS": "1"}
+            environ |= {"RLHF_RUNS_DIR": str(tmp_path / name)}
+            runs[name] = stack.enter_context(started(**environ))
+        for name, process in runs.items():
+            _, error = process.communicate()
+            assert process.returncode == 0, f"{name}: {error[-3000:]}"
+            after = figures(tmp_path / name / "tiny")["after"]
+            assert all(abs(value) < 1e6 for value in after.values())
+            sft = figures(tmp_path / name / "tiny", "sft")
+            loss = sft["after"]["validation_loss"]
+            assert loss < sft["before"]["validation_loss"] - 0.5
+            survived(f"{name}, random weights", f"three notebooks; SFT loss {loss:.2f}")
