@@ -25,6 +25,7 @@ from utils.support.artefacts import (
     write_text,
 )
 
+pytestmark = pytest.mark.faults
 METRICS = {"before": {"loss": 2.0}, "after": {"loss": 1.5}}
 
 
@@ -206,7 +207,7 @@ def keep_saving(settings):
         save_artefact(settings, "sft", model, tokenizer, {"number": number})
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_killed_at_any_moment_an_artefact_is_whole(settings, survived):
     """`kill -9` while one artefact replaces the other, again and again."""
     rng, fork = random.Random(0), multiprocessing.get_context("fork")

@@ -18,6 +18,7 @@ from utils.support import checkpoint as checkpoint_module
 from utils.support.checkpoint import Checkpoint, read_state, write_state
 from utils.support.notebook import import_cells
 
+pytestmark = pytest.mark.faults
 SETTINGS = dataclasses.replace(
     TINY,
     ppo_episodes=144,
@@ -290,7 +291,7 @@ def train_to_the_end(settings):
     started(settings).go()
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_where_it_would_have(settings, whole, survived):
     """`kill -9` again and again, and each time on from the checkpoint.
 
@@ -334,7 +335,7 @@ def write_for_ever(path):
         write_state(path, {}, {"number": number, "tensors": tensors})
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_killed_while_it_is_written_a_checkpoint_is_whole(tmp_path, survived):
     path = tmp_path / "ppo.safetensors"
     rng, fork = random.Random(0), multiprocessing.get_context("fork")

@@ -33,7 +33,7 @@ from utils.data import load_tokenizer
 from utils.support.checkpoint import read_state
 from utils.support.notebook import NOTEBOOKS
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 TOKEN = "hf_" + "Thisisnotatokenbutacanaryof34chars"
 SHORT = {

@@ -16,6 +16,7 @@ from utils.settings import TINY
 from utils.support.guards import clip_gradients
 from utils.support.notebook import ROOT, import_cells
 
+pytestmark = pytest.mark.faults
 NAN, INF = float("nan"), float("inf")
 
 
@@ -55,7 +56,9 @@ def test_finite_gradients_are_clipped_as_by_torch(max_norm):
         ([{"loss": 1.0}], [[3e38, 3e38]], "^the gradient of all weights"),
     ],
 )  # fmt: skip
-def test_what_is_not_finite_is_named_before_it_is_used(stats, gradients, says):
+def test_what_is_not_finite_is_named_before_it_is_used(
+    survived, stats, gradients, says
+):
     model = model_with_gradients(*gradients)
     stats = [{k: torch.tensor(v) for k, v in figures.items()} for figures in stats]
     with pytest.raises(FloatingPointError, match=says) as caught:
@@ -63,6 +66,7 @@ def test_what_is_not_finite_is_named_before_it_is_used(stats, gradients, says):
     assert "\n" not in str(caught.value) and "lower the learning rate" in str(
         caught.value
     )
+    survived("a loss or gradient that is not finite", str(caught.value))
     for weight, gradient in zip(model.values(), gradients, strict=True):
         torch.testing.assert_close(weight.grad, torch.tensor(gradient), equal_nan=True)
 
@@ -141,7 +145,7 @@ def test_a_loss_that_breaks_is_named(started):
         assert torch.equal(weight, before[name])
 
 
-def test_an_update_ends_early_beyond_the_bound(started):
+def test_an_update_ends_early_beyond_the_bound(started, survived):
     """The step that would follow a KL above the bound is not taken, nor any other."""
     _, policy, _ = started
     free = dataclasses.replace(SETTINGS, max_approx_kl=0.0)
@@ -160,6 +164,8 @@ def test_an_update_ends_early_beyond_the_bound(started):
     settings = dataclasses.replace(SETTINGS, max_approx_kl=bound)
     stats = update((started[0], bounded, started[2]), settings, lr=0.05)
     assert stats["optimizer_steps"].item() == first
+    said = f"the update ends after {first} of 8 steps, and the record says so"
+    survived(f"approx_kl above max_approx_kl ({bound:.2g})", said)
     assert len(stats["approx_kl"]) == 3 * (first + 1)  # what ended it is in the records
     # The same first steps by hand
     by_hand = copy.deepcopy(policy)
@@ -194,15 +200,15 @@ def test_an_update_ends_early_beyond_the_bound(started):
         ("old_values", "value head of the policy"),
     ],
 )
-def test_a_rollout_with_a_number_that_is_not_finite(started, name, who):
+def test_a_rollout_with_a_number_that_is_not_finite(started, survived, name, who):
     rollout = started[2]
     fields = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
     broken = fields[name].clone()
     broken.view(-1)[2] = NAN
-    with pytest.raises(
-        ValueError, match=f"^one of the {name} is nan; check the {who} "
-    ):
+    says = f"^one of the {name} is nan; check the {who} "
+    with pytest.raises(ValueError, match=says) as caught:
         type(rollout)(**{**fields, name: broken})
+    survived(f"a rollout in which one of the {name} is nan", str(caught.value))
 
 
 OUT_OF_MEMORY = """
@@ -218,7 +224,6 @@ fill()
 """
 
 
-@pytest.mark.faults
 def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     """In a real kernel; the error is raised by hand, since no GPU is needed here."""
     cells = [

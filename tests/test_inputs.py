@@ -21,6 +21,7 @@ from utils.models import RewardModel, load_causal_lm
 from utils.settings import TINY
 from utils.support import inputs
 
+pytestmark = pytest.mark.faults
 GOOD = {"sentence": ["fine", "bad"], "label": [1, 0]}
 
 
@@ -57,13 +58,14 @@ def saved(folder, **splits):
         ({"sentence": [], "label": []}, "no data set that can .*no data|0 rows"),
     ],
 )
-def test_a_data_set_that_cannot_do(tmp_path, train, says):
+def test_a_data_set_that_cannot_do(tmp_path, survived, train, says):
     # Splits must agree in their columns and types, or they do not load at all
     alike = train.keys() == GOOD.keys() and isinstance((*train["sentence"], 0)[0], str)
     name = saved(tmp_path, train=train, validation=GOOD if alike else train)
     with pytest.raises(ValueError, match=says) as caught:
         load_reviews(name)
     assert "\n" not in str(caught.value)
+    survived(f"data set of {train}", str(caught.value))
 
 
 def test_the_validation_split_is_checked_too(tmp_path):
@@ -86,14 +88,27 @@ def test_a_very_long_sentence_is_cut(tmp_path, world):
     assert len(rows[0]) == TINY.max_tokens and rows[0][-1] == tokenizer.eos_token_id
 
 
+def test_a_sentence_that_holds_eos(world, survived):
+    """It would end a text, or a prompt, in the middle; or be all that there is."""
+    tokenizer = load_tokenizer(str(world / "model"))
+    for sentence in ("<|endoftext|>", "never dull <|endoftext|> a film"):
+        with pytest.raises(
+            ValueError, match="holds the EOS token '<.endoftext.>'"
+        ) as e:
+            tokenize(["a film", sentence], tokenizer, TINY.max_tokens)
+        survived("a sentence that holds EOS", str(e.value))
+
+
 @pytest.mark.parametrize(
     "name, what",
     [("./nowhere", load_reviews), ("/no/where", load_causal_lm),
      ("runs/no/model", load_tokenizer), ("runs/no/model", RewardModel.from_pretrained)],
 )  # fmt: skip
-def test_a_folder_that_does_not_exist(name, what):
-    with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
+def test_a_folder_that_does_not_exist(survived, name, what):
+    says = f"there is no folder '{name}'"
+    with pytest.raises(FileNotFoundError, match=says) as caught:
         what(name)
+    survived("a folder that does not exist", str(caught.value))
 
 
 def test_a_folder_without_a_model(tmp_path):
@@ -114,20 +129,24 @@ def gpt2(**changes):
     return GPT2LMHeadModel(GPT2Config(**{**config, **changes}))
 
 
-def test_a_model_that_looks_ahead(tmp_path, world):
+def test_a_model_that_looks_ahead(tmp_path, world, survived):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
     bert = BertLMHeadModel(BertConfig(vocab_size=1200, intermediate_size=16, **sizes))
     name = model_folder(tmp_path, world, bert)
-    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
+    says = "BertLMHeadModel is no causal language model"
+    with pytest.raises(ValueError, match=says) as caught:
         load_causal_lm(name)
+    survived("a model that is not causal", str(caught.value))
 
 
-def test_a_tokenizer_without_an_end(tmp_path, world):
+def test_a_tokenizer_without_an_end(tmp_path, world, survived):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no EOS token, so no text could end"):
+    says = "has no EOS token, so no text could end"
+    with pytest.raises(ValueError, match=says) as caught:
         load_tokenizer(str(tmp_path))
+    survived("a tokenizer without EOS", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -137,15 +156,16 @@ def test_a_tokenizer_without_an_end(tmp_path, world):
         (70, None),
     ],
 )
-def test_a_context_shorter_than_a_text(tmp_path, world, places, says):
+def test_a_context_shorter_than_a_text(tmp_path, world, survived, places, says):
     name = model_folder(tmp_path, world, gpt2(n_positions=places))
     settings = dataclasses.replace(TINY, model_name=name)
     if says is None:
         inputs.prepare(settings, "sft")
         longer = dataclasses.replace(settings, max_new_tokens=64)
         says, settings = r"prompt_max_tokens \+ max_new_tokens is 71", longer
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as caught:
         inputs.prepare(settings, "sft")
+    survived("a context shorter than a text", str(caught.value))
 
 
 def test_a_model_without_a_limit_passes():
@@ -154,14 +174,16 @@ def test_a_model_without_a_limit_passes():
     inputs.check_context(config, endless)
 
 
-def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world):
+def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world, survived):
     name = model_folder(tmp_path, world, gpt2(vocab_size=500))
     settings = dataclasses.replace(TINY, model_name=name)
-    with pytest.raises(ValueError, match="has 927 tokens and the model only 500"):
+    says = "has 927 tokens and the model only 500"
+    with pytest.raises(ValueError, match=says) as caught:
         inputs.prepare(settings, "sft")
+    survived("a tokenizer with more words than the model", str(caught.value))
 
 
-def test_two_tokenizers(tmp_path, world):
+def test_two_tokenizers(tmp_path, world, survived):
     tokenizer = load_tokenizer(str(world / "model"))
     inputs.check_same_tokenizer(tokenizer, load_tokenizer(str(world / "model")))
     tokenizer.save_pretrained(tmp_path)
@@ -171,15 +193,19 @@ def test_two_tokenizers(tmp_path, world):
     a, b = list(words)[500:502]
     words[a], words[b] = words[b], words[a]  # as many words, but numbered otherwise
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="sft has a tokenizer of 927 .* reward_model"):
+    says = "sft has a tokenizer of 927 .* reward_model"
+    with pytest.raises(ValueError, match=says) as caught:
         inputs.check_same_tokenizer(tokenizer, load_tokenizer(str(tmp_path)))
+    survived("another tokenizer than the reward model's", str(caught.value))
 
 
-def test_pickled_weights_are_refused(tmp_path, world):
+def test_pickled_weights_are_refused(tmp_path, world, survived):
     """Weights come as safetensors only: unpickling runs whatever is in the file."""
     model = gpt2()
     name = model_folder(tmp_path, world, model)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no language model that can be loaded"):
+    says = "holds no language model that can be loaded"
+    with pytest.raises(ValueError, match=says) as caught:
         load_causal_lm(name)
+    survived("pickled weights", str(caught.value))

@@ -57,6 +57,23 @@ def test_a_failing_cell_is_named(project, capsys):
     assert executed.cells[1].outputs[0].ename == "ZeroDivisionError"
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_a_kernel_that_is_lost(project, capsys, survived, name):
+    """Killed, or ended by Ctrl-C or by the system."""
+    # Ctrl-C reaches the command, which ends the kernel; a kill the kernel itself
+    whom = "getpid" if name == "SIGKILL" else "getppid"
+    source = f"import os, signal, time; os.kill(os.{whom}(), signal.{name})"
+    folder = project("print('before')", source + "\ntime.sleep(100)")
+    assert run.main(["--only", "1,3"]) == 1
+    error = capsys.readouterr().err
+    assert "1-SFT.ipynb lost its kernel" in error and "--only 1,3. PPO goes" in error
+    assert "Traceback" not in error
+    executed = nbformat.read(folder / "runs" / "tiny" / "1-SFT.ipynb", as_version=4)
+    assert executed.cells[0].outputs[0].text == "before\n"
+    survived(f"python -m utils: the kernel ends by {name}", error.splitlines()[-1])
+
+
 SAVE_METRICS = """
 import json, os, pathlib
 folder = pathlib.Path("runs/tiny/sft")

@@ -56,9 +56,12 @@ def test_every_field_can_be_set_from_the_environment():
         ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
     ],
 )
-def test_bad_values_are_named(variable, text, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.faults
+def test_bad_values_are_named(survived, variable, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_settings("full", {variable: text})
+    assert "\n" not in str(caught.value)
+    survived(f"setting {variable}={text}", str(caught.value))
 
 
 def test_an_adaptive_beta_cannot_start_at_zero():

@@ -46,8 +46,18 @@ def clean(sentence: str) -> str:
 
 
 def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]]:
-    """Token ids of each cleaned sentence, ending in EOS, at most max_tokens long."""
+    """Token ids of each cleaned sentence, ending in EOS, at most max_tokens long.
+
+    Raises ValueError if a sentence holds EOS already: a text would end in its middle.
+    """
     rows = tokenizer([clean(sentence) for sentence in sentences])["input_ids"]
+    for row, sentence in zip(rows, sentences, strict=True):
+        if tokenizer.eos_token_id in row:
+            raise ValueError(
+                f"the sentence {sentence[:60]!r} holds the EOS token "
+                f"{tokenizer.eos_token!r}; take it out of the data set, or take a "
+                "tokenizer that adds none"
+            )
     return [row[: max_tokens - 1] + [tokenizer.eos_token_id] for row in rows]
 
 

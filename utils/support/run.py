@@ -60,7 +60,7 @@ def execute(name: str, folder: Path, env: dict):
     """Run one notebook in a fresh kernel, and write the executed copy to the folder.
 
     The copy is written also when a cell fails; nbclient's CellExecutionError then
-    goes on to the caller.
+    goes on to the caller, or its DeadKernelError if there is no kernel any more.
     """
     notebook = nbformat.read(ROOT / name, as_version=4)
     client = Client(
@@ -79,6 +79,9 @@ def execute(name: str, folder: Path, env: dict):
         try:
             client.execute(env=env)
             client.bar.update(client.bar.total - client.bar.n)
+        except AssertionError as error:
+            # At a Ctrl-C nbclient ends the kernel, and then wants to end it once more
+            raise error.__context__ or error from None
         finally:
             _tidy(notebook)
             write_text(folder / name, nbformat.writes(notebook) + "\n")
@@ -140,17 +143,6 @@ def parse(argv):
     return options
 
 
-def _how_to_go_on(error, rest) -> str:
-    happened = "was interrupted"
-    if isinstance(error, DeadKernelError):
-        happened = "lost its kernel (out of memory, perhaps: then lower batch sizes)"
-    numbers = ",".join(name[0] for name in rest)
-    return (
-        f"\n{rest[0]} {happened}; run the same command again, with --only {numbers}. "
-        "PPO goes on from where it was saved last."
-    )
-
-
 def main(argv=None) -> int:
     """Run what the command line asks for; 1 if a cell failed or was cut off."""
     options = parse(argv)
@@ -164,9 +156,15 @@ def main(argv=None) -> int:
                 f"\n{name} failed. The cell and its error:\n\n{error}", file=sys.stderr
             )
             return 1
-        except (DeadKernelError, KeyboardInterrupt) as error:
+        except DeadKernelError:
             rest = options.notebooks[options.notebooks.index(name) :]
-            print(_how_to_go_on(error, rest), file=sys.stderr)
+            numbers = ",".join(one[0] for one in rest)
+            print(
+                f"\n{name} lost its kernel: interrupted, or out of memory (then lower "
+                f"the batch sizes); run the same command again, with --only {numbers}. "
+                "PPO goes on from where it was saved last.",
+                file=sys.stderr,
+            )
             return 1
         if options.save_outputs:
             write_text(ROOT / name, (folder / name).read_text("utf8"))
