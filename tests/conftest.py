@@ -48,7 +48,7 @@ def survived(report):
 
 def pytest_terminal_summary(terminalreporter, config):
     for title, lines in config.stash.get(REPORT, {}).items():
-        terminalreporter.section(title)
+        terminalreporter.section(f"{title} ({len(lines)})")
         for line in lines:
             terminalreporter.write_line(line)
 
