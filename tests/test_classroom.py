@@ -175,6 +175,7 @@ def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
     assert not (tmp_path / "tiny" / "policy").exists()
     done = run_series("--only", "3", **environ)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(f"PPO goes on from {checkpoint}, if ")
     said = (tmp_path / "tiny" / "3-RLHF.ipynb").read_text()
     resumed = int(re.search(r"PPO goes on after (\d+) of 10 rollouts", said)[1])
     assert second <= resumed < 10
@@ -241,56 +242,42 @@ def test_every_cell_can_be_run_again(kernel, whole, tmp_path, survived, name, ar
     survived(fault, "the same model and figures")
 
 
+INTERRUPTED = """
+real_update, calls = ppo_update, []
+def ppo_update(*arguments):
+    calls.append(1)
+    stats = real_update(*arguments)
+    if len(calls) == 5:  # the policy has moved, and nothing is recorded
+        raise KeyboardInterrupt
+    return stats
+"""
+
+
 def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, survived):
     runs = copied(whole, tmp_path, "sft", "reward_model")
     notebook = kernel(NOTEBOOKS[2], **runs)
-    ids = notebook.ids
-    notebook.run(*ids)
-    folder, expected = tmp_path / "tiny", figures(whole[0])
+    folder, expected, ids = tmp_path / "tiny", figures(whole[0]), notebook.ids
+    # Interrupted in an update; the cell of the preflight goes back to the last save
+    start, loop = ids.index("start"), ids.index("loop")
+    notebook.run(*ids[:loop])
+    notebook.say(INTERRUPTED)
+    with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+        notebook.run("loop")
+    notebook.run("ppo-update", "start", *ids[loop:])
     assert figures(folder) == expected
+    survived(
+        "the loop is interrupted in an update", "back to the last save; same figures"
+    )
     for cell_id in ids:
         notebook.run(cell_id, "after", "save")
         assert figures(folder) == expected, cell_id
     # All that comes before the loop once more, between its start and the loop
     notebook.say("checkpoint.discard()")
-    earlier = ids[: ids.index("start")]
-    notebook.run("start", *earlier, "snapshot", "loop", "after", "save")
+    notebook.run("start", *ids[:start], "snapshot", "loop", "after", "save")
     assert figures(folder) == expected
     assert len(expected["history"]) == 10
-    survived(
-        f"{NOTEBOOKS[2]}: each of {len(ids)} cells run again",
-        "the same policy and figures",
-    )
-
-
-def test_an_interrupted_loop_goes_on_in_the_same_kernel(
-    kernel, whole, tmp_path, survived
-):
-    """Stopped in an update; the cell of the preflight goes back to what was saved."""
-    runs = copied(whole, tmp_path, "sft", "reward_model")
-    notebook = kernel(NOTEBOOKS[2], **runs)
-    ids = notebook.ids
-    notebook.run(*ids[: ids.index("loop")])
-    stop = "\n".join(
-        [
-            "real_update, calls = ppo_update, []",
-            "def stopped(*arguments):",
-            "    calls.append(1)",
-            "    if len(calls) == 5:",
-            "        real_update(*arguments)",  # the policy moves, and then
-            "        raise KeyboardInterrupt",
-            "    return real_update(*arguments)",
-            "ppo_update = stopped",
-        ]
-    )
-    notebook.say(stop)
-    with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
-        notebook.run("loop")
-    notebook.run("ppo-update", "start", *ids[ids.index("loop") :])
-    assert figures(tmp_path / "tiny") == figures(whole[0])
-    survived(
-        "the loop is interrupted in an update", "back to the last save, same figures"
-    )
+    fault = f"{NOTEBOOKS[2]}: each of {len(ids)} cells run again"
+    survived(fault, "the same policy and figures")
 
 
 def said_by(done, number, runs):
@@ -304,37 +291,38 @@ def said_by(done, number, runs):
     return f"{error.ename}: {error.evalue}"
 
 
-@pytest.mark.parametrize(
-    "number, field, says",
-    [
-        (
-            1,
-            "SFT_LR",
-            "^FloatingPointError: the loss is nan, so this step was not taken",
+def test_what_ends_a_run_is_said(whole, short, tmp_path, survived):
+    """Learning rates that explode, and a reward model made with other settings."""
+    stopped = "(nan|inf), so this step was not taken and the weights are those of the"
+    cases = {
+        "RLHF_SFT_LR": (1, "1e30", f"^FloatingPointError: the loss is {stopped}"),
+        "RLHF_RM_LR": (2, "1e30", f"^FloatingPointError: the loss is {stopped}"),
+        "RLHF_PPO_LR": (
+            3,
+            "1e30",
+            f"^FloatingPointError: the policy loss is {stopped}",
         ),
-        (2, "RM_LR", "^FloatingPointError: the loss is (nan|inf), so this step was"),
-        (3, "PPO_LR", "^FloatingPointError: the .* is nan, so this step was not taken"),
-    ],
-)
-def test_a_learning_rate_that_explodes(
-    whole, short, tmp_path, survived, number, field, says
-):
-    environ = {**short, f"RLHF_{field}": "1e30"}
-    environ |= copied(whole, tmp_path, "sft", "reward_model")
-    old = {p: p.read_bytes() for p in (tmp_path / "tiny").rglob("*") if p.is_file()}
-    done = run_series("--only", str(number), **environ)
-    said = said_by(done, number, tmp_path)
-    assert re.search(says, said), said
-    assert all(path.read_bytes() == content for path, content in old.items())
-    survived(f"{field} 1e30 in notebook {number}", said)
-
-
-def test_notebook_3_refuses_models_of_other_settings(whole, short, tmp_path, survived):
-    environ = {**short, **copied(whole, tmp_path, "sft", "reward_model")}
-    done = run_series("--only", "3", **{**environ, "RLHF_RM_EPOCHS": "2"})
-    said = said_by(done, 3, tmp_path)
-    assert "reward_model was made with rm_epochs 1 instead of 2; run notebook 2" in said
-    survived("reward model made with other settings", said)
+        "RLHF_RM_EPOCHS": (
+            *(3, "2"),
+            "^ValueError: .*reward_model was made with rm_epochs 1 instead of 2; run",
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        processes, kept = {}, {}
+        for field, (number, value, _) in cases.items():
+            runs = tmp_path / field
+            environ = {**short, **copied(whole, runs, "sft", "reward_model")}
+            kept[field] = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+            run = started("--only", str(number), **{**environ, field: value})
+            processes[field] = stack.enter_context(run)
+        for field, process in processes.items():
+            process.communicate()
+            number, value, says = cases[field]
+            said = said_by(process, number, tmp_path / field)
+            assert re.search(says, said), said
+            # what was there is there
+            assert all(p.read_bytes() == content for p, content in kept[field].items())
+            survived(f"{field}={value} in notebook {number}", said)
 
 
 def other_model(folder, config, tokenizer):

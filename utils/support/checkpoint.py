@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from utils.support.artefacts import set_aside
 
+CHECKPOINT = "ppo.safetensors"  # in the folder of the preset
 KIND = "state of a PPO run"
 # Settings that leave the run as it is
 FREE = ("runs_dir", "checkpoint_every", "frontier_rollouts", "best_of_n")
@@ -140,7 +141,7 @@ class Checkpoint:
     """
 
     def __init__(self, settings, parts: dict, made_of: dict):
-        self.path = settings.folder / "ppo.safetensors"
+        self.path = settings.folder / CHECKPOINT
         self.every, self.total = settings.checkpoint_every, settings.ppo_steps
         self.parts = parts
         sources = sorted(READ_BY_LEARNERS.glob("*.py"))

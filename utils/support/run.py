@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support import bands
 from utils.support.artefacts import STAGES, write_text
+from utils.support.checkpoint import CHECKPOINT
 from utils.support.notebook import NOTEBOOKS, ROOT
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -148,6 +149,9 @@ def main(argv=None) -> int:
     options = parse(argv)
     folder = ROOT / options.settings.folder
     folder.mkdir(parents=True, exist_ok=True)
+    saved = options.settings.folder / CHECKPOINT
+    if NOTEBOOKS[2] in options.notebooks and (ROOT / saved).exists():
+        print(f"PPO goes on from {saved}, if that is of this run; delete it otherwise")
     for name in options.notebooks:
         try:
             execute(name, folder, options.env)
