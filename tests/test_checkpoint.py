@@ -34,7 +34,7 @@ CELLS = ("fresh-policy", "collect-rollout", "ppo-update")
 class Run:
     """What the cells `start` and `loop` of notebook 3 do, for a very small model."""
 
-    def __init__(self, settings, **made_of):
+    def __init__(self, settings, code=(), **inputs):
         self.loop = import_cells("3-RLHF.ipynb", *CELLS)
         self.settings, device = settings, torch.device("cpu")
         lm = small_lm().float()
@@ -48,8 +48,8 @@ class Run:
             "scaler": torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5),
             "generator": torch.Generator(device).manual_seed(settings.seed),
         }
-        made_of = {"reference": self.reference, "prompts": PROMPTS, **made_of}
-        self.checkpoint = Checkpoint(settings, self.parts, made_of)
+        inputs = {"reference": self.reference, "prompts": PROMPTS, **inputs}
+        self.checkpoint = Checkpoint(settings, self.parts, code, inputs)
         start = ([], {}, settings.kl_coef)
         self.history, self.snapshots, self.kl_coef = self.checkpoint.restore(*start)
 
@@ -76,10 +76,10 @@ class Run:
         return self
 
 
-def started(settings, **made_of):
+def started(settings, **options):
     random.seed(1)
     torch.manual_seed(1)
-    return Run(settings, **made_of)
+    return Run(settings, **options)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_discard_begins_anew(settings, whole, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, made_of, says",
+    "changes, options, says",
     [
         ({"ppo_lr": 0.5}, {}, "had ppo_lr 0.0002 instead of 0.5"),
         (
@@ -162,16 +162,16 @@ def test_discard_begins_anew(settings, whole, capsys):
         ),
         ({}, {"reference": freeze(small_lm(seed=5).float())}, "had another reference"),
         ({}, {"prompts": PROMPTS[:2]}, "had another prompts"),
-        ({}, {"ppo_update": score}, "had another ppo_update"),
+        ({}, {"code": (score,)}, "had another score"),
         ({"ppo_episodes": 24}, {}, "ppo_episodes 144 instead of 24"),
     ],
 )
 def test_another_runs_checkpoint_is_named_and_set_aside(
-    settings, capsys, survived, changes, made_of, says
+    settings, capsys, survived, changes, options, says
 ):
     started(settings).go(until=2)
     content = (settings.folder / "ppo.safetensors").read_bytes()
-    run = started(dataclasses.replace(settings, **changes), **made_of)
+    run = started(dataclasses.replace(settings, **changes), **options)
     said = capsys.readouterr().out.splitlines()[-1]
     assert run.history == [] and said.startswith("PPO begins anew")
     assert says in said and said.endswith("; renamed to ppo.safetensors.aside-1")
@@ -208,17 +208,17 @@ def test_an_edit_of_the_series_begins_anew(settings, tmp_path, monkeypatch, caps
     exec_free.mkdir()
     (exec_free / "ppo.py").write_text("eps = 0.2")
     monkeypatch.setattr(checkpoint_module, "READ_BY_LEARNERS", exec_free)
-    started(settings, ppo_update=before).go(until=2)
-    assert len(started(settings, ppo_update=before).history) == 2
+    started(settings, code=(before,)).go(until=2)
+    assert len(started(settings, code=(before,)).history) == 2
 
     def ppo_update():  # noqa: F811
         return 2
 
-    assert started(settings, ppo_update=ppo_update).history == []
+    assert started(settings, code=(ppo_update,)).history == []
     assert "had another ppo_update" in capsys.readouterr().out
-    started(settings, ppo_update=before).go(until=2)
+    started(settings, code=(before,)).go(until=2)
     (exec_free / "ppo.py").write_text("eps = 0.3")
-    assert started(settings, ppo_update=before).history == []
+    assert started(settings, code=(before,)).history == []
     assert "had another utils/ppo.py" in capsys.readouterr().out
 
 

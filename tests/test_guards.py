@@ -13,7 +13,7 @@ from tests.test_loop import SCALER, collect
 from tests.test_rollout import small_lm
 from utils.models import PolicyWithValueHead, freeze
 from utils.settings import TINY
-from utils.support.guards import clip_gradients
+from utils.support.guards import clip_gradients, forget_half_step
 from utils.support.notebook import ROOT, import_cells
 
 pytestmark = pytest.mark.faults
@@ -84,6 +84,29 @@ def test_with_loss_scaling_an_overflow_is_left_to_the_scaler(scale, figure, stop
         return clip_gradients(model_with_gradients([INF, 1.0]), 1.0, scaler, stats)
     with pytest.raises(FloatingPointError):
         clip_gradients(model_with_gradients([INF, 1.0]), 1.0, scaler, stats)
+
+
+def test_a_half_step_is_forgotten():
+    """An interrupted step, in float16: the next one is taken, at the same scale."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+
+    def half_step():
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+
+    forget_half_step(scaler, torch.device("cpu"))  # before there was any
+    half_step()
+    with pytest.raises(RuntimeError, match="already been called"):
+        half_step()
+    forget_half_step(scaler, torch.device("cpu"))
+    half_step()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [0.5, 0.5] and scaler.get_scale() == 16.0
+    forget_half_step(SCALER, torch.device("cpu"))  # one that does nothing
 
 
 @pytest.fixture

@@ -134,28 +134,26 @@ class Checkpoint:
     """Saves a PPO run every few rollouts, and goes on from there.
 
     `parts` are the objects that training changes (policy, optimizer, schedule, scaler,
-    generator), by name; `made_of` is what the run depends on, by name: functions of
-    the notebook (their source counts), models (their weights), plain values. A saved
-    run is taken up only if these are the same, and all settings and the files
-    `utils/*.py`, so that it never hides an edit.
+    generator), by name. The run depends on `code`, functions whose source counts, and
+    on `inputs`, by name: models, whose weights count, and plain values. A saved run is
+    taken up only if these are the same, and all settings and the files `utils/*.py`,
+    so that it never hides an edit.
     """
 
-    def __init__(self, settings, parts: dict, made_of: dict):
+    def __init__(self, settings, parts: dict, code: tuple, inputs: dict):
         self.path = settings.folder / CHECKPOINT
         self.every, self.total = settings.checkpoint_every, settings.ppo_steps
         self.parts = parts
         sources = sorted(READ_BY_LEARNERS.glob("*.py"))
-        files = {f"utils/{source.name}": source.read_text("utf8") for source in sources}
+        made_of = {f"utils/{file.name}": file.read_text("utf8") for file in sources}
+        made_of |= {function.__name__: function for function in code} | inputs
         self.key = {
             "settings": {
                 name: value
                 for name, value in dataclasses.asdict(settings).items()
                 if name not in FREE
             },
-            "made of": {
-                name: _fingerprint(thing)
-                for name, thing in {**files, **made_of}.items()
-            },
+            "made of": {name: _fingerprint(thing) for name, thing in made_of.items()},
         }
 
     def restore(self, history: list, *records) -> list:

@@ -58,6 +58,15 @@ def _not_finite(what, value):
     )
 
 
+def forget_half_step(scaler: torch.amp.GradScaler, device: torch.device):
+    """Let loss scaling go on after a step that was interrupted, as if it had not begun.
+
+    In float16 the scaler would refuse the next step otherwise. Its scale stays.
+    """
+    scaler.scale(torch.zeros((), device=device))  # there is no scale before the first
+    scaler.update(scaler.get_scale())
+
+
 def advise_on_memory(settings, artefact: str):
     """From now on, a GPU that is full ends a cell with the numbers to lower.
 
