@@ -181,8 +181,14 @@ def test_an_update_ends_early_beyond_the_bound(started, survived):
     tokens = torch.stack([started[2].mask[piece].sum() for piece in pieces]).view(8, 3)
     kls = (stats["approx_kl"].view(8, 3) * tokens).sum(1) / tokens.sum(1)
     assert kls[0] < 1e-9 < kls[1]
-    first = max(i for i in range(1, 8) if kls[i] > kls[:i].max())  # the last record
-    bound = (kls[:first].max().item() + kls[first].item()) / 2
+    # A bound for which it matters that the KL is the minibatch's, not the last piece's
+    last_pieces = stats["approx_kl"].view(8, 3)[:, -1]
+    bound = next(
+        bound
+        for bound in torch.linspace(1e-3, kls.max().item(), 200).tolist()
+        if 1 < (kls > bound).int().argmax() != (last_pieces > bound).int().argmax()
+    )
+    first = int((kls > bound).int().argmax())
     bounded = copy.deepcopy(policy)
     settings = dataclasses.replace(SETTINGS, max_approx_kl=bound)
     stats = update((started[0], bounded, started[2]), settings, lr=0.05)
