@@ -21,9 +21,10 @@ def serve(models: dict[str, Path], datasets: dict[str, Path], fault=lambda n: No
     """Serve the folders under these names; gives the address for HF_ENDPOINT.
 
     `fault` maps the number of a request, from 0 on, to the status that it is refused
-    with, or None.
+    with, or None; it may take its time, and the answer waits for it. Requests for data
+    sets are numbered by themselves.
     """
-    counted = itertools.count()
+    counted = {"datasets": itertools.count(), "models": itertools.count()}
     repositories = {f"models/{name}": folder for name, folder in models.items()}
     repositories |= {f"datasets/{name}": folder for name, folder in datasets.items()}
 
@@ -50,8 +51,10 @@ def serve(models: dict[str, Path], datasets: dict[str, Path], fault=lambda n: No
             self.answer(404, {"error": what}, X_Error_Code=what)
 
         def do_GET(self, posted=b""):
-            if refused := fault(next(counted)):
-                return self.answer(refused, {"error": "out of order"})
+            kind = "datasets" if "datasets/" in self.path else "models"
+            if refused := fault(next(counted[kind])):
+                # After no time, so that the retries of the tests do not take minutes
+                return self.answer(refused, {"error": "out of order"}, Retry_After=0)
             path = unquote(urlsplit(self.path).path).strip("/")
             if path.startswith("api/"):
                 return self.describe(path.removeprefix("api/"), posted)

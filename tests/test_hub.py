@@ -4,9 +4,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.conftest import ROOT
 from utils.data import load_reviews
 from utils.models import load_causal_lm
 
+pytestmark = pytest.mark.faults
 LOAD = """
 import json, sys
 import torch
@@ -50,14 +54,24 @@ def load(code=LOAD, **environ):
         env=environ,
         capture_output=True,
         text=True,
+        timeout=90,
     )
 
 
+def repositories(world):
+    return {"gpt2": world / "model"}, {"stanfordnlp/sst2": world / "dataset"}
+
+
 @pytest.fixture(scope="module")
-def loaded(world, tmp_path_factory):
-    folders = {"gpt2": world / "model"}, {"stanfordnlp/sst2": world / "dataset"}
-    with hub.serve(*folders) as address:
-        done = load(HF_ENDPOINT=address, HF_HOME=str(tmp_path_factory.mktemp("home")))
+def home(tmp_path_factory):
+    """The folder of the cache that `loaded` leaves behind."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def loaded(world, home):
+    with hub.serve(*repositories(world)) as address:
+        done = load(HF_ENDPOINT=address, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -75,68 +89,155 @@ def test_the_data_set_comes_from_the_hub(loaded, world):
 
 
 FAULTY = """
+import json
+from utils.data import load_reviews
 from utils.models import load_causal_lm
-try:
-    load_causal_lm("gpt2")
-    print("loaded")
-except Exception as error:
-    print(type(error).__name__, str(error))
+
+said = {}
+for what, load, name in (
+    ("model", load_causal_lm, "gpt2"), ("data set", load_reviews, "stanfordnlp/sst2")
+):
+    try:
+        load(name)
+        said[what] = "loaded"
+    except Exception as error:
+        said[what] = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
 """
+
+
+def tried(address, home, **environ):
+    """What became of the model and of the data set."""
+    done = load(FAULTY, HF_ENDPOINT=address, HF_HOME=str(home), **environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def never_answers():
+    """A hub that accepts every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def nobody():
     """An address where nobody listens, as without a network."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return contextlib.nullcontext(f"http://127.0.0.1:{port}")
+    with never_answers() as address:
+        return contextlib.nullcontext(address)
 
 
-HELP = r"name a local folder, or take the preset 'tiny', which downloads nothing$"
+IMPATIENT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+FAULTS = {
+    "always 503": lambda *good: hub.serve(*good, lambda n: 503),
+    "slow": lambda *good: hub.serve(*good, lambda n: time.sleep(0.3)),
+    "503 at first": lambda *good: hub.serve(*good, lambda n: 503 if n < 5 else None),
+    "missing": lambda *good: hub.serve({}, {}),
+    "no answer": lambda *good: never_answers(),
+    "no network": lambda *good: nobody(),
+}
+MISSING = "^FileNotFoundError: the Hugging Face Hub has no public {what} '.*correct"
+FAILED = (
+    r"^ConnectionError: the {what} '[^']+' could not be had from the Hugging Face Hub "
+    r"\(.+\); try again later, name a local folder, or take the preset 'tiny', which "
+    "downloads nothing$"
+)
 
 
-@pytest.mark.faults
+@pytest.fixture(scope="module")
+def said(world, tmp_path_factory):
+    """What each fault makes of model and data set; three at a time, for they wait."""
+
+    def meet(fault):
+        waits = IMPATIENT if fault == "no answer" else {}
+        with FAULTS[fault](*repositories(world)) as address:
+            return tried(address, tmp_path_factory.mktemp("home"), **waits)
+
+    with ThreadPoolExecutor(3) as pool:
+        return {fault: pool.submit(meet, fault) for fault in FAULTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "data set"])
 @pytest.mark.parametrize(
     "fault, says",
     [
-        (
-            "missing",
-            "^FileNotFoundError the Hugging Face Hub has no public model 'gpt2'",
-        ),
-        ("always 503", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
+        ("always 503", FAILED),
+        ("slow", "^loaded$"),
         ("503 at first", "^loaded$"),
-        ("no network", f"^ConnectionError the model 'gpt2' could not be had .*{HELP}"),
+        ("missing", MISSING),
+        ("no answer", FAILED),
+        ("no network", FAILED),
     ],
 )
-def test_a_hub_that_fails(world, tmp_path, report, fault, says):
-    gpt2 = {"gpt2": world / "model"}
-    hubs = {
-        "missing": lambda: hub.serve({}, {}),
-        "always 503": lambda: hub.serve(gpt2, {}, fault=lambda n: 503),
-        "503 at first": lambda: hub.serve(gpt2, {}, lambda n: 503 if n < 2 else None),
-        "no network": nobody,
-    }
-    waits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-    with hubs[fault]() as address:
-        done = load(FAULTY, HF_ENDPOINT=address, HF_HOME=str(tmp_path), **waits)
-    said = done.stdout.strip().splitlines()[-1]
-    assert re.search(says, said), said
-    report("faults tried", f"hub, {fault}: {said[:150]}")
+def test_a_hub_that_fails(said, survived, fault, says, what):
+    sentence = said[fault].result()[what]
+    assert re.search(says.format(what=what), sentence), sentence
+    survived(f"hub: {fault} ({what})", sentence)
 
 
-@pytest.mark.faults
-def test_a_damaged_cache_is_named(world, tmp_path, report):
-    with hub.serve({"gpt2": world / "model"}, {}) as address:
-        environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
-        assert load(FAULTY, **environ).stdout.strip() == "loaded"
-        (weights,) = tmp_path.rglob("model.safetensors")
-        whole = weights.resolve().read_bytes()
-        # A download that was cut off is begun again
-        weights.resolve().with_suffix(".incomplete").write_bytes(whole[:100])
-        assert load(FAULTY, **environ).stdout.strip() == "loaded"
-        # A file that was cut off behind the library's back
-        weights.resolve().write_bytes(whole[: len(whole) // 2])
-        said = load(FAULTY, **environ).stdout.strip()
-    assert re.search(
-        "^ValueError .* was downloaded, but cannot be loaded .* delete", said
-    )
-    report("faults tried", f"hub, a damaged cache: {said[:150]}")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, environ",
+    [
+        ("no network", {}),
+        ("no answer", IMPATIENT),
+        ("no answer", {"HF_HUB_OFFLINE": "1"}),
+    ],
+)
+def test_what_is_cached_needs_no_hub(loaded, home, survived, fault, environ):
+    code = LOAD + "\nimport huggingface_hub\nprint(huggingface_hub.is_offline_mode())"
+    with FAULTS[fault]() as address:
+        done = load(code, HF_ENDPOINT=address, HF_HOME=str(home), **environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, values, offline = done.stdout.splitlines()
+    assert json.loads(values) == loaded
+    assert offline == str("HF_HUB_OFFLINE" in environ)  # as it was before
+    survived(f"hub: {fault}, all in the cache", f"loaded, with {environ}")
+
+
+DAMAGED = "^ValueError: the .*{what} '[^']+' was downloaded, but cannot be .* delete"
+
+
+def halve(cache, *files):
+    for name in files:
+        (file,) = cache.rglob(name)
+        content = file.resolve().read_bytes()
+        file.resolve().write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_named(world, loaded, home, tmp_path, survived):
+    cache = shutil.copytree(home, tmp_path / "cache", symlinks=True)
+
+    def damaged(address, *files):
+        halve(cache, *files)
+        said = tried(address, cache)
+        for file, (what, sentence) in zip(files, said.items(), strict=True):
+            assert re.search(DAMAGED.format(what=what), sentence), sentence
+            survived(f"hub: {file} cut off in the cache", sentence)
+        return " ".join(said.values())
+
+    with hub.serve(*repositories(world)) as address:
+        sentences = damaged(address, "config.json", "*-train.arrow")
+        for folder in re.findall(f"{re.escape(str(cache))}/[a-z]+(?= )", sentences):
+            shutil.rmtree(folder, ignore_errors=True)
+        assert set(tried(address, cache).values()) == {"loaded"}
+        shutil.rmtree(cache / "datasets")  # else the downloaded files are not read
+        damaged(address, "model.safetensors", "train-*.parquet")
+
+
+@pytest.mark.slow
+def test_a_download_that_was_cut_off_is_begun_again(
+    world, loaded, home, tmp_path, survived
+):
+    cache = shutil.copytree(home, tmp_path / "cache", symlinks=True)
+    shutil.rmtree(cache / "datasets")
+    halve(cache, "model.safetensors", "train-*.parquet")
+    for file in ("model.safetensors", "train-*.parquet"):
+        (pointer,) = cache.rglob(file)
+        blob = pointer.resolve()
+        blob.rename(f"{blob}.incomplete")
+        pointer.unlink()
+    with hub.serve(*repositories(world)) as address:
+        assert set(tried(address, cache).values()) == {"loaded"}
+    survived("hub: a download was cut off", "it is begun again")

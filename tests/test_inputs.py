@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import socket
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -111,6 +113,38 @@ def test_a_folder_that_does_not_exist(survived, name, what):
     survived("a folder that does not exist", str(caught.value))
 
 
+def test_a_local_folder_needs_no_network(world, monkeypatch):
+    asked = []
+
+    def look_up(host, *_, **__):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.chdir(world)
+    load_tokenizer("model")  # which might be a name on the hub too
+    load_causal_lm("model")
+    load_reviews("dataset")
+    assert not asked
+
+
+def test_a_hub_out_of_reach_is_not_asked_again(monkeypatch):
+    class ConnectError(Exception):
+        pass
+
+    def find_no_way(*_, **__):
+        raise ConnectError("no way there")
+
+    monkeypatch.setattr(inputs, "repo_info", find_no_way)
+    with (
+        pytest.raises(ConnectionError, match=r"\(ConnectError: no way there\); try"),
+        inputs.loading("model", "gpt2"),
+    ):
+        assert huggingface_hub.is_offline_mode()
+        raise OSError("not in the cache")
+    assert not huggingface_hub.is_offline_mode()
+
+
 def test_a_folder_without_a_model(tmp_path):
     for load in (load_causal_lm, load_tokenizer, RewardModel.from_pretrained):
         with pytest.raises(ValueError, match="the folder .* holds no .* can be loaded"):
@@ -147,6 +181,12 @@ def test_a_tokenizer_without_an_end(tmp_path, world, survived):
     with pytest.raises(ValueError, match=says) as caught:
         load_tokenizer(str(tmp_path))
     survived("a tokenizer without EOS", str(caught.value))
+
+
+def test_a_tokenizer_without_words(tmp_path):
+    gpt2().config.save_pretrained(tmp_path)  # of which the library makes a tokenizer
+    with pytest.raises(ValueError, match="has no words, only .*; let the hub be"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(

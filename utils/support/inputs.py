@@ -9,28 +9,54 @@ import difflib
 from pathlib import Path
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub import constants, repo_info
 
 from utils.support.guards import advise_on_memory
 
 
 def _first_line(error) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    said, _, _ = str(error).strip().partition("\n")  # of an empty one, nothing
+    return f"{type(error).__name__}: {said[:200]}"
 
 
-def _chain(error):
+def _kinds(error) -> set[str]:
+    """The names of the classes of an error and of those that led to it.
+
+    Names, since the hub's library has its network errors from httpx or from httpx2.
+    """
+    names = set()
     while error is not None:
-        yield error
+        names |= {kind.__name__ for kind in type(error).__mro__}
         error = error.__cause__ or error.__context__
+    return names
+
+
+def _unreachable(what, name):
+    """What keeps the hub from being reached, or None; a refusal is an answer too.
+
+    The libraries would find out late, or never: they wait for a model's description
+    without end, and a minute, six times over, for each file that is not there yet.
+    """
+    if Path(name).is_dir():
+        return None
+    repo_type = "dataset" if what == "data set" else "model"
+    try:
+        repo_info(name, repo_type=repo_type, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        if _kinds(error) & {"ConnectError", "TimeoutException"}:
+            return error
+    return None
 
 
 @contextlib.contextmanager
 def loading(what: str, name):
     """Turn what a library raises while it loads `name` into one sentence.
 
-    Raises FileNotFoundError for a folder or a repository that is not there,
-    ConnectionError if the hub cannot be reached, even after the library's own retries,
-    and ValueError if what is there cannot be loaded.
+    A hub that cannot be reached is not asked again: what is in the cache is loaded
+    from there. Raises FileNotFoundError for a folder or a repository that is not there,
+    ConnectionError if the hub cannot be reached, or refuses even after the library's
+    own retries, and ValueError if what is there cannot be loaded.
     """
     name = str(name)
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
@@ -39,6 +65,8 @@ def loading(what: str, name):
             f"there is no folder {name!r} to load the {what} from; correct the name, "
             "or name a repository of the Hugging Face Hub"
         )
+    offline, unreachable = constants.HF_HUB_OFFLINE, _unreachable(what, name)
+    constants.HF_HUB_OFFLINE = offline or unreachable is not None
     try:
         yield
     except Exception as error:
@@ -47,23 +75,31 @@ def loading(what: str, name):
                 f"the folder {name!r} holds no {what} that can be loaded "
                 f"({_first_line(error)}); make it anew, or name another"
             ) from error
-        kinds = {type(e).__name__ for e in _chain(error)}
+        kinds = _kinds(error)
         if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
             raise FileNotFoundError(
                 f"the Hugging Face Hub has no public {what} {name!r}, and there is no "
                 "such folder here; correct the name"
             ) from error
-        if isinstance(error, OSError) or kinds & {"HfHubHTTPError", "ConnectError"}:
+        unreadable = kinds & {"JSONDecodeError", "UnicodeDecodeError"}
+        if not unreadable and (
+            isinstance(error, OSError) or kinds & {"HfHubHTTPError", "TransportError"}
+        ):
             raise ConnectionError(
                 f"the {what} {name!r} could not be had from the Hugging Face Hub "
-                f"({_first_line(error)}); try again later, name a local folder, or "
-                "take the preset 'tiny', which downloads nothing"
+                f"({_first_line(unreachable or error)}); try again later, name a local "
+                "folder, or take the preset 'tiny', which downloads nothing"
             ) from error
+        caches = constants.HF_HUB_CACHE
+        if what == "data set":
+            caches += f" and in {HF_DATASETS_CACHE}"
         raise ValueError(
             f"the {what} {name!r} was downloaded, but cannot be loaded "
-            f"({_first_line(error)}); delete what is left of it in {HF_HUB_CACHE} and "
-            "run this again"
+            f"({_first_line(error)}); delete what is left of it in {caches} and run "
+            "this again"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def check_reviews(reviews, name: str):
@@ -120,7 +156,14 @@ def _check_rows(rows, where):
 
 
 def check_tokenizer(tokenizer, name):
-    """Raise ValueError unless it has the token that ends a text."""
+    """Raise ValueError unless it has words, and the token that ends a text."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What the library makes of a model of whose tokenizer no file is in the cache
+        raise ValueError(
+            f"the tokenizer of {str(name)!r} has no words, only "
+            f"{tokenizer.all_special_tokens}; let the hub be reached for its files, or "
+            "name another model"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {str(name)!r} has no EOS token, so no text could end; "
