@@ -167,7 +167,7 @@ def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
         _, error = process.communicate()
     assert process.returncode == 1
     assert "3-RLHF.ipynb lost its kernel" in error
-    assert "run the same command again, with --only 3. PPO goes on" in error
+    assert "run the same command again, with --only 3. PPO goes on from" in error
     with started("--only", "3", **environ) as process:
         second = wait_for_rollouts(process, checkpoint, first + 2)
         os.killpg(process.pid, signal.SIGKILL)

@@ -80,9 +80,11 @@ def execute(name: str, folder: Path, env: dict):
         try:
             client.execute(env=env)
             client.bar.update(client.bar.total - client.bar.n)
-        except AssertionError as error:
-            # At a Ctrl-C nbclient ends the kernel, and then wants to end it once more
-            raise error.__context__ or error from None
+        except (CellExecutionError, DeadKernelError):
+            raise
+        except Exception as error:
+            # At a Ctrl-C nbclient ends the kernel, and stumbles over that in many ways
+            raise DeadKernelError(repr(error)) from error
         finally:
             _tidy(notebook)
             write_text(folder / name, nbformat.writes(notebook) + "\n")
@@ -155,18 +157,20 @@ def main(argv=None) -> int:
     for name in options.notebooks:
         try:
             execute(name, folder, options.env)
-        except CellExecutionError as error:
-            print(
-                f"\n{name} failed. The cell and its error:\n\n{error}", file=sys.stderr
-            )
-            return 1
-        except DeadKernelError:
+        except (CellExecutionError, DeadKernelError) as error:
+            # At a Ctrl-C the kernel dies, or an older one ends its cell first
+            if getattr(error, "ename", "KeyboardInterrupt") != "KeyboardInterrupt":
+                print(
+                    f"\n{name} failed. The cell and its error:\n\n{error}",
+                    file=sys.stderr,
+                )
+                return 1
             rest = options.notebooks[options.notebooks.index(name) :]
-            numbers = ",".join(one[0] for one in rest)
+            numbers, why = ",".join(one[0] for one in rest), str(error).splitlines()[0]
             print(
-                f"\n{name} lost its kernel: interrupted, or out of memory (then lower "
-                f"the batch sizes); run the same command again, with --only {numbers}. "
-                "PPO goes on from where it was saved last.",
+                f"\n{name} lost its kernel ({why}): interrupted, or out of memory (then "
+                "lower the batch sizes); run the same command again, with --only "
+                f"{numbers}. PPO goes on from where it was saved last.",
                 file=sys.stderr,
             )
             return 1
