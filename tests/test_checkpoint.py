@@ -10,24 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_loop import score
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import freeze
-from utils.settings import TINY, grad_scaler
+from utils.settings import grad_scaler
 from utils.support import checkpoint as checkpoint_module
 from utils.support.checkpoint import Checkpoint, read_state, write_state
 from utils.support.notebook import import_cells
 
 pytestmark = pytest.mark.faults
-SETTINGS = dataclasses.replace(
-    TINY,
-    ppo_episodes=144,
-    ppo_rollout_size=24,
-    ppo_minibatch_size=12,
-    ppo_micro_batch_size=12,
-    max_new_tokens=6,
-    checkpoint_every=2,
-)
+SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=144, checkpoint_every=2)
 CELLS = ("fresh-policy", "collect-rollout", "ppo-update")
 
 
@@ -254,6 +247,19 @@ def test_a_damaged_or_foreign_checkpoint_is_set_aside(
     assert (settings.folder / "ppo.safetensors.aside-1").read_bytes() == content
     same(run.go(), whole)
     survived(f"checkpoint: {fault}", begins.split("(", 1)[1] + " " + renamed)
+
+
+def test_a_disk_that_is_full_ends_no_training(settings, whole, survived):
+    """Full for the first saves, and then there is room again."""
+    run = started(settings)
+    settings.folder.write_text("no folder can be made here")
+    with pytest.warns(UserWarning, match="2 rollouts could not be saved to") as caught:
+        run.go(until=3)
+    settings.folder.unlink()
+    run.go()
+    same(run, whole)
+    same(Run(settings), whole)
+    survived("a checkpoint cannot be written", str(caught[0].message))
 
 
 def test_a_nest_of_everything_comes_back(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import datasets
 import nbformat
@@ -44,6 +45,7 @@ SHORT = {
     "RLHF_CHECKPOINT_EVERY": "1",
     "RLHF_FRONTIER_ROLLOUTS": "0",
     "RLHF_TIME_MACHINE_PROMPTS": "2",
+    "OMP_NUM_THREADS": "1",  # for models this small, and some runs go on side by side
 }
 
 
@@ -125,23 +127,30 @@ def copied(whole, runs, *names):
 
 @contextlib.contextmanager
 def started(*arguments, **environ):
-    """`python -m utils`, running, in a group of its own."""
+    """`python -m utils`, running, in a group of its own; `said()` ends with it."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "utils", *arguments],
-        cwd=ROOT,
-        env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with tempfile.TemporaryFile("w+", encoding="utf8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "utils", *arguments],
+            cwd=ROOT,
+            env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+        def said():
+            process.wait()
+            log.seek(0)
+            return log.read()
+
+        process.said = said
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for_rollouts(process, checkpoint, number):
@@ -153,7 +162,7 @@ def wait_for_rollouts(process, checkpoint, number):
             done = len(read_state(checkpoint)[1]["records"][0])
             if done >= number:
                 return done
-    raise AssertionError(process.communicate()[1][-3000:])
+    raise AssertionError(process.said()[-3000:])
 
 
 def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
@@ -164,14 +173,13 @@ def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
         first = wait_for_rollouts(process, checkpoint, 2)
         for kernel in psutil.Process(process.pid).children(recursive=True):
             kernel.kill()
-        _, error = process.communicate()
+        error = process.said()
     assert process.returncode == 1
     assert "3-RLHF.ipynb lost its kernel" in error
     assert "run the same command again, with --only 3. PPO goes on from" in error
     with started("--only", "3", **environ) as process:
         second = wait_for_rollouts(process, checkpoint, first + 2)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
     assert not (tmp_path / "tiny" / "policy").exists()
     done = run_series("--only", "3", **environ)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -316,7 +324,7 @@ def test_what_ends_a_run_is_said(whole, short, tmp_path, survived):
             run = started("--only", str(number), **{**environ, field: value})
             processes[field] = stack.enter_context(run)
         for field, process in processes.items():
-            process.communicate()
+            process.wait()
             number, value, says = cases[field]
             said = said_by(process, number, tmp_path / field)
             assert re.search(says, said), said
@@ -349,10 +357,8 @@ def llama_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-@pytest.fixture(scope="module")
-def other_models(world, short, tmp_path_factory):
+def other_models(world, short, folder):
     """Folders with models that learners might name instead."""
-    folder = tmp_path_factory.mktemp("models")
     gpt2s = load_tokenizer(str(world / "model"))
     reviews = datasets.load_dataset(short["RLHF_DATASET_NAME"])["train"]["sentence"]
     llamas = llama_tokenizer(reviews)
@@ -377,21 +383,26 @@ def other_models(world, short, tmp_path_factory):
     }
 
 
-def test_other_models_run_by_changing_the_name_alone(
-    other_models, short, tmp_path, survived
-):
+@pytest.fixture(scope="module", autouse=True)
+def runs_of_others(world, short, tmp_path_factory):
+    """The three notebooks with each of them, from the first test here to the last."""
+    folder = tmp_path_factory.mktemp("models")
     with contextlib.ExitStack() as stack:
         runs = {}
-        for name, folder in other_models.items():
-            environ = {**short, "RLHF_MODEL_NAME": folder, "OMP_NUM_THREADS": "1"}
-            environ |= {"RLHF_RUNS_DIR": str(tmp_path / name)}
-            runs[name] = stack.enter_context(started(**environ))
-        for name, process in runs.items():
-            _, error = process.communicate()
-            assert process.returncode == 0, f"{name}: {error[-3000:]}"
-            after = figures(tmp_path / name / "tiny")["after"]
-            assert all(abs(value) < 1e6 for value in after.values())
-            sft = figures(tmp_path / name / "tiny", "sft")
-            loss = sft["after"]["validation_loss"]
-            assert loss < sft["before"]["validation_loss"] - 0.5
-            survived(f"{name}, random weights", f"three notebooks; SFT loss {loss:.2f}")
+        for name, model in other_models(world, short, folder).items():
+            environ = {"RLHF_MODEL_NAME": model, "RLHF_RUNS_DIR": str(folder / name)}
+            run = started(**{**short, **environ})
+            runs[name] = (stack.enter_context(run), folder / name / "tiny")
+        yield runs
+
+
+def test_other_models_run_by_changing_the_name_alone(runs_of_others, survived):
+    for name, (process, folder) in runs_of_others.items():
+        said = process.said()
+        assert process.returncode == 0, f"{name}: {said[-3000:]}"
+        after = figures(folder)["after"]
+        assert all(abs(value) < 1e6 for value in after.values())
+        sft = figures(folder, "sft")
+        loss = sft["after"]["validation_loss"]
+        assert loss < sft["before"]["validation_loss"] - 0.5
+        survived(f"{name}, random weights", f"three notebooks; SFT loss {loss:.2f}")

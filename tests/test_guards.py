@@ -10,9 +10,9 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.test_loop import SCALER, collect
+from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_rollout import small_lm
 from utils.models import PolicyWithValueHead, freeze
-from utils.settings import TINY
 from utils.support.guards import clip_gradients, forget_half_step
 from utils.support.notebook import ROOT, import_cells
 
@@ -118,14 +118,7 @@ def started():
     return loop["ppo_update"], policy, rollout
 
 
-SETTINGS = dataclasses.replace(
-    TINY,
-    ppo_episodes=24,
-    ppo_rollout_size=24,
-    ppo_minibatch_size=12,
-    ppo_micro_batch_size=4,
-    max_new_tokens=6,
-)
+SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=24, ppo_micro_batch_size=4)
 
 
 def update(started, settings, lr=1e-3):

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -201,13 +202,23 @@ class Checkpoint:
         return ", ".join(changes)
 
     def save(self, history: list, *records):
-        """Save the run if it is time to: every few rollouts, and after the last."""
+        """Save the run if it is time to: every few rollouts, and after the last.
+
+        A disk that is full ends no training: it is a warning.
+        """
         if len(history) % self.every and len(history) != self.total:
             return
         parts = {name: _state_of(part) for name, part in self.parts.items()}
         records = [history, *records]
         state = {"parts": parts, "records": records, "random": _random_states()}
-        write_state(self.path, self.key, state)
+        try:
+            write_state(self.path, self.key, state)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"{len(history)} rollouts could not be saved to {self.path} ({error}); "
+                "training goes on, make room for the next save",
+                stacklevel=2,
+            )
 
     def discard(self):
         """Delete the saved run."""

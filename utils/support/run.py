@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from asyncio import InvalidStateError
 from pathlib import Path
 
 import nbformat
@@ -80,11 +81,9 @@ def execute(name: str, folder: Path, env: dict):
         try:
             client.execute(env=env)
             client.bar.update(client.bar.total - client.bar.n)
-        except (CellExecutionError, DeadKernelError):
-            raise
-        except Exception as error:
+        except (AssertionError, AttributeError, InvalidStateError) as error:
             # At a Ctrl-C nbclient ends the kernel, and stumbles over that in many ways
-            raise DeadKernelError(repr(error)) from error
+            raise DeadKernelError("interrupted") from error
         finally:
             _tidy(notebook)
             write_text(folder / name, nbformat.writes(notebook) + "\n")
@@ -132,7 +131,9 @@ def parse(argv):
             f"--only takes 1, 2 and 3 with commas between, got {options.only!r}"
         )
     options.notebooks = [NOTEBOOKS[int(n) - 1] for n in sorted(set(numbers))]
-    options.env = dict(os.environ, RLHF_PRESET=options.preset)
+    # The older kernel that Colab has warns of Python's own modules without the second
+    ours = {"RLHF_PRESET": options.preset, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    options.env = {**os.environ, **ours}
     try:
         for change in options.changes:
             field, equals, value = change.partition("=")
@@ -166,10 +167,10 @@ def main(argv=None) -> int:
                 )
                 return 1
             rest = options.notebooks[options.notebooks.index(name) :]
-            numbers, why = ",".join(one[0] for one in rest), str(error).splitlines()[0]
+            numbers = ",".join(one[0] for one in rest)
             print(
-                f"\n{name} lost its kernel ({why}): interrupted, or out of memory (then "
-                "lower the batch sizes); run the same command again, with --only "
+                f"\n{name} lost its kernel: interrupted, or out of memory "
+                "(then lower the batch sizes); run the same command again, with --only "
                 f"{numbers}. PPO goes on from where it was saved last.",
                 file=sys.stderr,
             )
