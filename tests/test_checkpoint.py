@@ -14,7 +14,6 @@ from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_loop import score
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import freeze
-from utils.settings import grad_scaler
 from utils.support import checkpoint as checkpoint_module
 from utils.support.checkpoint import Checkpoint, read_state, write_state
 from utils.support.notebook import import_cells
@@ -27,9 +26,10 @@ CELLS = ("fresh-policy", "collect-rollout", "ppo-update")
 class Run:
     """What the cells `start` and `loop` of notebook 3 do, for a very small model."""
 
-    def __init__(self, settings, code=(), **inputs):
+    def __init__(self, settings, device="cpu", code=(), **inputs):
+        device = torch.device(device)
         self.loop = import_cells("3-RLHF.ipynb", *CELLS)
-        self.settings, device = settings, torch.device("cpu")
+        self.settings = settings
         lm = small_lm().float()
         self.reference = freeze(copy.deepcopy(lm))
         policy, optimizer, decay = self.loop["fresh_policy"](lm, settings)
@@ -39,10 +39,10 @@ class Run:
             "decay": decay,
             # on a CPU too, so that there is something to lose
             "scaler": torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5),
-            "generator": torch.Generator(device).manual_seed(settings.seed),
+            "generator": torch.Generator().manual_seed(settings.seed),
         }
         inputs = {"reference": self.reference, "prompts": PROMPTS, **inputs}
-        self.checkpoint = Checkpoint(settings, self.parts, code, inputs)
+        self.checkpoint = Checkpoint(settings, device, self.parts, code, inputs)
         start = ([], {}, settings.kl_coef)
         self.history, self.snapshots, self.kl_coef = self.checkpoint.restore(*start)
 
@@ -157,6 +157,13 @@ def test_discard_begins_anew(settings, whole, capsys):
         ({}, {"prompts": PROMPTS[:2]}, "had another prompts"),
         ({}, {"code": (score,)}, "had another score"),
         ({"ppo_episodes": 24}, {}, "ppo_episodes 144 instead of 24"),
+        # another machine, as a free runtime may be next time
+        ({}, {"device": "meta"}, "device 'cpu' instead of 'meta'"),
+        (
+            {"precision": "float16"},
+            {},
+            "dtype 'torch.float32' instead of 'torch.float16",
+        ),
     ],
 )
 def test_another_runs_checkpoint_is_named_and_set_aside(
@@ -179,6 +186,8 @@ def test_another_runs_checkpoint_is_named_and_set_aside(
 def test_a_setting_that_changes_nothing_does_not_matter(settings, whole):
     started(settings).go(until=2)
     changes = {"frontier_rollouts": 3, "best_of_n": 2, "checkpoint_every": 3}
+    lower = dataclasses.replace(settings, ppo_micro_batch_size=4)  # after a full GPU
+    assert len(Run(lower).history) == 2
     same(Run(dataclasses.replace(settings, **changes)).go(), whole)
 
 
@@ -307,16 +316,15 @@ def test_killed_at_any_moment_a_run_ends_where_it_would_have(settings, whole, su
     settings = dataclasses.replace(settings, checkpoint_every=1)
     file = settings.folder / "ppo.safetensors"
     rng, fork = random.Random(0), multiprocessing.get_context("fork")
-    kills = finished = torn = 0
+    kills = finished = 0
     reached = set()
-    while finished < 5:
+    while finished < 5 and kills < 200:
         process = fork.Process(target=train_to_the_end, args=(settings,))
         process.start()
-        process.join(0.4 * rng.random())  # a moment, and then
+        process.join(0.15 * rng.random() * (1 + kills / 20))  # a moment, and then
         process.kill()
         process.join()
         kills += process.exitcode == -9
-        torn += file.with_name(file.name + ".unfinished").exists()
         if file.exists():
             _, state = read_state(file)
             reached.add(len(state["records"][0]))
@@ -325,7 +333,7 @@ def test_killed_at_any_moment_a_run_ends_where_it_would_have(settings, whole, su
                 file.unlink()
                 finished += 1
         assert not list(settings.folder.glob("*.aside-*"))
-    assert kills >= 5 and len(reached) >= 3
+    assert finished == 5 <= kills and len(reached) >= 3
     survived(
         f"kill -9 while PPO trains and saves, {kills} times",
         f"{finished} runs, each to the last bit the one that was not killed",
@@ -361,11 +369,3 @@ def test_killed_while_it_is_written_a_checkpoint_is_whole(tmp_path, survived):
         f"kill -9 while a checkpoint is written, {kills} times",
         f"each time a whole one, the old or the new; {torn} died while writing",
     )
-
-
-def test_the_scaler_of_the_notebook_has_a_state():
-    """float16 is where a scaler has one; elsewhere it is empty, and that comes back."""
-    for precision in ("float32", "float16"):
-        own = dataclasses.replace(SETTINGS, precision=precision)
-        scaler = grad_scaler(own, torch.device("cpu"))
-        scaler.load_state_dict(scaler.state_dict())

@@ -72,6 +72,7 @@ sys.exit(run.main(["--only", "1,3"]))
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_a_kernel_that_is_lost(project, survived, name):
     """Killed, or ended by Ctrl-C or by the system; in a process that may suffer."""

@@ -49,6 +49,8 @@ def train_judge(sentences, labels, tokenizer, seed: int, epochs: int = 3):
         return linear(bag(tokens, starts)).squeeze(-1)
 
     def encode(texts):
+        # What a policy writes may spell EOS in other tokens
+        texts = [text.replace(tokenizer.eos_token, "") for text in texts]
         return tokenize(texts, tokenizer, max_tokens=1000)
 
     rows = encode(sentences)

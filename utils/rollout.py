@@ -40,7 +40,7 @@ def draw_tokens(
             (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
         )
         found = torch.searchsorted(ends, places * ends[:, -1:], right=True)
-        # A NaN falls behind the last word, where a GPU would stop for good
+        # A NaN falls behind the last word, and such an index ends a GPU's process
         tokens.append(found.clamp(max=ends.shape[1] - 1))
     return torch.cat(tokens).squeeze(1)
 

@@ -20,7 +20,7 @@ from utils.settings import Settings
 # Each artefact, in the order of the notebooks: what its own settings begin with
 STAGES = {"sft": "sft_", "reward_model": "rm_", "policy": "ppo_"}
 # What every model depends on beside the settings of its stage
-COMMON = ("preset", "model_name", "dataset_name", "seed", "precision", "max_tokens")
+COMMON = ("preset", "model_name", "dataset_name", "seed", "max_tokens")
 
 
 def notebook_of(artefact: str) -> str:
@@ -120,16 +120,15 @@ def _command(settings, names) -> str:
 def _read(settings, name, folder) -> dict:
     """The settings that an artefact was made with, if all its files can be read."""
     try:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError("no weights")
+        if not (files := sorted(folder.glob("*.safetensors"))):
+            raise ValueError("no weights")
         for file in files:
             with safe_open(file, "pt"):  # compares the file's size with its header
                 pass
         made_with = json.loads((folder / "settings.json").read_text())
         json.loads((folder / "metrics.json").read_text())
         return dict(made_with)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, TypeError, SafetensorError) as error:
         aside = set_aside(folder)
         raise ValueError(
             f"{folder} is damaged ({error}) and was renamed to {aside.name}; "
@@ -152,7 +151,7 @@ def _check_settings(settings, name, made_with):
         back = "; ".join(
             f'os.environ["RLHF_{field.upper()}"] = "{made_with.get(field)}"'
             for field in changed
-            if field != "preset"
+            if field != "preset" and field in made_with
         )
         raise ValueError(
             f"{settings.folder / name} was made with {listed}; run notebook "

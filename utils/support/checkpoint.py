@@ -19,12 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from utils.settings import trunk_dtype
 from utils.support.artefacts import set_aside
 
 CHECKPOINT = "ppo.safetensors"  # in the folder of the preset
 KIND = "state of a PPO run"
 # Settings that leave the run as it is
 FREE = ("runs_dir", "checkpoint_every", "frontier_rollouts", "best_of_n")
+# And that changes no more than its rounding, so that a full GPU need not begin anew
+FREE += ("ppo_micro_batch_size",)
 READ_BY_LEARNERS = Path(__file__).parents[1]  # utils/*.py
 
 
@@ -67,19 +70,20 @@ def write_state(path: Path, key: dict, state: dict):
     unfinished.mkdir(parents=True)
     save_file(tensors, unfinished / path.name, metadata=header)
     os.replace(unfinished / path.name, path)
-    unfinished.rmdir()
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_state(path: Path) -> tuple[dict, dict]:
     """The key and the state of a file of `write_state`.
 
-    Raises ValueError if it is cut off, or another file.
+    Raises ValueError if it is cut off, or another file, and OSError if it cannot be
+    read at all.
     """
     try:
         with safe_open(path, "pt") as file:  # compares the size with the header
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ValueError(str(error)) from None
     if header.get("kind") != KIND:
         raise ValueError(f"it is no {KIND}")
@@ -141,7 +145,7 @@ class Checkpoint:
     so that it never hides an edit.
     """
 
-    def __init__(self, settings, parts: dict, code: tuple, inputs: dict):
+    def __init__(self, settings, device, parts: dict, code: tuple, inputs: dict):
         self.path = settings.folder / CHECKPOINT
         self.every, self.total = settings.checkpoint_every, settings.ppo_steps
         self.parts = parts
@@ -150,9 +154,14 @@ class Checkpoint:
         made_of |= {function.__name__: function for function in code} | inputs
         self.key = {
             "settings": {
-                name: value
-                for name, value in dataclasses.asdict(settings).items()
-                if name not in FREE
+                **{
+                    k: v
+                    for k, v in dataclasses.asdict(settings).items()
+                    if k not in FREE
+                },
+                # A generator's state belongs to its device, a scaler's to its precision
+                "device": device.type,
+                "dtype": str(trunk_dtype(settings, device)),
             },
             "made of": {name: _fingerprint(thing) for name, thing in made_of.items()},
         }

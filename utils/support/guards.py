@@ -8,8 +8,8 @@ from torch import nn
 
 # What takes memory while each artefact is made
 NUMBERS_TO_LOWER = {
-    "sft": ("sft_batch_size", "max_tokens"),
-    "reward_model": ("rm_batch_size", "max_tokens"),
+    "sft": ("sft_batch_size",),
+    "reward_model": ("rm_batch_size",),
     "policy": (
         *("ppo_micro_batch_size", "ppo_minibatch_size", "ppo_rollout_size"),
         "max_new_tokens",
@@ -41,8 +41,8 @@ def clip_gradients(
         if bad_figure:
             name, value = next((n, v) for n, v in named if not v.isfinite())
             raise _not_finite(f"the {name.replace('_', ' ')}", value)
-        if not scaler.is_enabled() or scaler.get_scale() < 1:
-            bad = {n: p.grad for n, p in weights.items() if not p.grad.isfinite().all()}
+        bad = {n: p.grad for n, p in weights.items() if not p.grad.isfinite().all()}
+        if not bad or not scaler.is_enabled() or scaler.get_scale() < 1:
             name, grad = next(iter(bad.items()), ("all weights together", norm))
             value = grad[~grad.isfinite()][0]
             many = f" (and of {len(bad) - 1} other weights)" if len(bad) > 1 else ""
@@ -77,7 +77,7 @@ def advise_on_memory(settings, artefact: str):
         return
     numbers = [f"{n} ({getattr(settings, n)})" for n in NUMBERS_TO_LOWER[artefact]]
     advice = (
-        f"the GPU's memory is full; lower {', '.join(numbers[:-1])} or {numbers[-1]} "
+        f"the GPU's memory is full; lower {' or '.join(numbers)} "
         "(as RLHF_... in the environment), and run again from the settings cell"
     )
 

@@ -154,7 +154,8 @@ def main(argv=None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     saved = options.settings.folder / CHECKPOINT
     if NOTEBOOKS[2] in options.notebooks and (ROOT / saved).exists():
-        print(f"PPO goes on from {saved}, if that is of this run; delete it otherwise")
+        print(f"PPO goes on from {saved}, if that is of this very run (one that has")
+        print("finished is not trained again); to begin anew, delete the file")
     for name in options.notebooks:
         try:
             execute(name, folder, options.env)
