@@ -171,7 +171,8 @@ class Checkpoint:
 
         Without a saved run of the same settings, models and code, the parts stay as
         they are and the given records come back. Says which of the two it is. A file
-        that cannot be used is renamed, not deleted.
+        that cannot be used is renamed, not deleted. Raises OSError if the disk cannot
+        be read at the moment; the file stays as it is then.
         """
         fresh, path = [history, *records], self.path
         if not path.exists():
