@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import ours
 from benchmarks.work import Enough, Watch
-from utils.settings import seed_everything
+from utils.training import seed_everything
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 

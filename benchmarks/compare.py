@@ -67,7 +67,7 @@ class Measurements:
         self.found = json.loads(file.read_text()) if file.exists() else {}
         self.found |= {"machine": report.machine(), "model": report.shape_of(model)}
 
-    def add(self, *place, title, function, arguments=(), **options):
+    def add(self, place: tuple, *, title, function, arguments=(), **options):
         """Run it in a fresh process; what it returns, also at this place."""
         print(title, end="", flush=True)
         started = time.perf_counter()
@@ -90,7 +90,7 @@ def measure_supervised(all_found, base, rounds, rows):
         work = dataclasses.replace(base, seed=number)
         for kind, name in itertools.product(("sft", "rm"), LOOPS):
             all_found.add(
-                *("supervised", kind, name),
+                ("supervised", kind, name),
                 title=f"{kind}, {name}, round {number + 1}",
                 function=supervised,
                 arguments=(name, kind, work, rows),
@@ -114,11 +114,11 @@ def measure_ppo(all_found, base, rounds, episodes):
         runs["bfloat16"] = ("ours", half)
     for number in range(rounds):
         all_found.add(
-            "ceiling", title="matrix products", function=ceiling, arguments=(work,)
+            ("ceiling",), title="matrix products", function=ceiling, arguments=(work,)
         )
         for name, (module, own) in runs.items():
             all_found.add(
-                *("ppo", name),
+                ("ppo", name),
                 title=f"PPO, {name}, round {number + 1}",
                 function=loop,
                 arguments=(module, "ppo", own),
@@ -137,7 +137,7 @@ def measure_growth(all_found, base, rounds, episodes):
         )
         work = dataclasses.replace(base, settings=settings, never_ends=True)
         all_found.add(
-            *("growth", str(episodes * times)),
+            ("growth", str(episodes * times)),
             title=f"growth, rollouts of {episodes * times}",
             function=loop,
             arguments=("ours", "ppo", work),
@@ -150,7 +150,7 @@ def measure_quality(all_found, base, rounds, folder):
     trained = {"sft": str(folder / "sft"), "rm": str(folder / "reward_model")}
     for kind, place in trained.items():
         all_found.add(
-            *("trained", kind),
+            ("trained", kind),
             title=f"{kind} for the time to quality",
             function=supervised,
             arguments=("ours", kind, base, TRAINING_ROWS, place),
@@ -163,10 +163,11 @@ def measure_quality(all_found, base, rounds, folder):
         "peers": ours,
     }
     work = dataclasses.replace(base, model=trained["sft"], reward_model=trained["rm"])
-    for precision in ("float32", *(("bfloat16",) if bfloat16_is_fast() else ())):
+    precisions = ["float32", "bfloat16"] if bfloat16_is_fast() else ["float32"]
+    for precision in precisions:
         own = dataclasses.replace(work.settings, precision=precision)
         all_found.add(
-            *("first_ratio", precision),
+            ("first_ratio", precision),
             title=f"first ratio, {precision}",
             function=first_ratio,
             arguments=(dataclasses.replace(work, settings=own),),
@@ -174,14 +175,12 @@ def measure_quality(all_found, base, rounds, folder):
     for number in range(rounds):
         limit = float("inf")
         for name in LOOPS:
+            own = dataclasses.replace(work, settings=settings[name], seed=number)
             one = all_found.add(
-                *("quality", name),
+                ("quality", name),
                 title=f"time to quality, {name}, seed {number}",
                 function=loop,
-                arguments=(
-                    *(name, "ppo"),
-                    dataclasses.replace(work, settings=settings[name], seed=number),
-                ),
+                arguments=(name, "ppo", own),
                 every=256,
                 goal=0.8,
                 limit=limit,

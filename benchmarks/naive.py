@@ -113,7 +113,10 @@ def ppo(work, watch):
                     logprobs, old[i], advantages[i], mask[i], settings.clip_range
                 )
                 v_loss, _ = value_loss(
-                    *(values, old_values[i], returns[i], mask[i]),
+                    values,
+                    old_values[i],
+                    returns[i],
+                    mask[i],
                     settings.value_clip_range,
                 )
                 (pi_loss + settings.value_coef * v_loss).backward()

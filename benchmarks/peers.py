@@ -153,10 +153,11 @@ def train(work, model, rows, labels_of, lr):
 def sft(work, rows):
     """Fine-tuning with the model's own loss."""
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
-    return train(
-        *(work, model, rows, lambda ids, mask, _: lm_labels(ids, mask)),
-        work.settings.sft_lr,
-    )
+
+    def labels_of(ids, mask, _):
+        return lm_labels(ids, mask)
+
+    return train(work, model, rows, labels_of, work.settings.sft_lr)
 
 
 def rm(work, rows):
@@ -168,7 +169,8 @@ def rm(work, rows):
         dtype=torch.float32,
         pad_token_id=0,
     )
-    return train(
-        *(work, model, rows, lambda ids, mask, y: torch.tensor(y).float()[:, None]),
-        work.settings.rm_lr,
-    )
+
+    def labels_of(ids, mask, labels):
+        return torch.tensor(labels).float()[:, None]
+
+    return train(work, model, rows, labels_of, work.settings.rm_lr)

@@ -107,13 +107,14 @@ def ppo_table(found) -> str:
         ratios = [total / own for total, own in zip(totals, ours, strict=True)]
         median = statistics.median(totals)
         share = 1000 * operations(found) / ceiling / median
+        seconds = [
+            statistics.median(per_1000(found, run, [phase]) for run in some)
+            for phase in PHASES
+        ]
         rows.append(
             [
                 names[name],
-                *(
-                    f"{statistics.median(per_1000(found, r, [p]) for r in some):.1f}"
-                    for p in PHASES
-                ),
+                *[f"{one:.1f}" for one in seconds],
                 middle(totals),
                 f"{statistics.median(ratios):.2f}",
                 f"{statistics.median(run['memory'] for run in some):.2f}",
@@ -241,7 +242,8 @@ def growth_table(found) -> str:
             rows.append((4 * small, size, times, shares, peaks))
     lines = [
         [
-            *(f"{episodes} in rollouts of {size}", middle(times)),
+            f"{episodes} in rollouts of {size}",
+            middle(times),
             f"{statistics.median(shares):.2f}",
             f"{statistics.median(peaks):.2f}",
         ]

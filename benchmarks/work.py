@@ -20,16 +20,16 @@ from utils.models import (
     load_causal_lm,
     vocabulary_logits,
 )
+from utils.practice import tiny_world
 from utils.rollout import (
     has_ended,
     normalise_scores,
-    response_hidden_states,
     response_logprobs,
     sample_responses,
     squash,
 )
-from utils.settings import Settings, seed_everything
-from utils.support import toy
+from utils.settings import Settings
+from utils.training import seed_everything
 
 GPT2_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256}
 GPT2_WORDS = 50257
@@ -44,8 +44,8 @@ def build_default(folder):
     model, dataset = folder / "model", folder / "dataset"
     if not (dataset / "data").exists():
         rng = random.Random(0)
-        documents = [toy.write_document(rng) for _ in range(3000)]
-        tokenizer = toy.train_tokenizer(documents)
+        documents = [tiny_world.write_document(rng) for _ in range(3000)]
+        tokenizer = tiny_world.train_tokenizer(documents)
         eos = tokenizer.eos_token_id
         ends = {"bos_token_id": eos, "eos_token_id": eos}
         config = GPT2Config(vocab_size=GPT2_WORDS, **GPT2_SHAPE, **ends)
@@ -53,7 +53,7 @@ def build_default(folder):
         GPT2LMHeadModel(config).save_pretrained(model)
         tokenizer.save_pretrained(model)
         (dataset / "data").mkdir(parents=True)
-        for split, rows in toy.make_dataset().items():
+        for split, rows in tiny_world.make_dataset().items():
             rows.to_parquet(dataset / "data" / f"{split}-00000-of-00001.parquet")
     return str(model), str(dataset)
 
@@ -180,10 +180,8 @@ class Work:
         for ids, attention_mask, mask in self.sample(lm, self.held_out):
             rewards.append(squash(self.reward(ids, attention_mask)))
             ours, theirs = (
-                response_logprobs(
-                    m, response_hidden_states(m, ids, attention_mask, mask), ids, mask
-                )
-                for m in (lm, self.reference)
+                response_logprobs(model, ids, attention_mask, mask)
+                for model in (lm, self.reference)
             )
             kl += (ours - theirs).sum().item()
         lm.train(training)

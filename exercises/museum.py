@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from utils.ppo import explained_variance, masked_mean, policy_loss
-from utils.support import exact
+from utils.ppo import masked_mean, policy_loss
+from utils.practice import exact_world
 from utils.support.notebook import import_cells
 
 SETTINGS = dataclasses.replace(
-    exact.SETTINGS, kl_coef=0.5, ppo_episodes=20 * 256, ppo_minibatch_size=128
+    exact_world.SETTINGS, kl_coef=0.5, ppo_episodes=20 * 256, ppo_minibatch_size=128
 )
 CURVES = {
     "score": "score",
@@ -135,36 +135,27 @@ def train(name="", piece=None, title="") -> list[dict]:
     if name and name not in names:
         raise ValueError(f"there is no piece {name!r}; take one of {names}")
     s = SETTINGS
-    loop = import_cells("3-RLHF.ipynb", "fresh-policy", "collect-rollout", "ppo-update")
+    cells = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
+    loop = import_cells("3-RLHF.ipynb", *cells, "summarise", "train")
     _put_in(loop, name, piece)
-    world = exact.ExactWorld(seed=7)
+    titled = title or name or "healthy"
+    loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, desc=titled)
+    world = exact_world.ExactWorld(seed=7)
     lm, reference = copy.deepcopy(world.reference).requires_grad_(True), world.reference
-    policy, optimizer = loop["fresh_policy"](lm, s)[:2]
+    run = loop["fresh_run"](lm, s)
     if name == "prepare":
-        policy.lm, optimizer = piece(lm, s.ppo_lr)
-        head = {"params": policy.value_head.parameters(), "lr": s.value_head_lr}
-        optimizer.add_param_group(head)
+        run.policy.lm, adam = piece(lm, s.ppo_lr)
+        head = {"params": run.policy.value_head.parameters(), "lr": s.value_head_lr}
+        adam.add_param_group(head)
+        run.optimizer.optimizer = adam
+        run.decay = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
     if name == "make_reference":
-        reference = piece(policy.lm)
-    scaler = torch.amp.GradScaler(enabled=False)
-    generator, history = torch.Generator().manual_seed(s.seed), []
-    prompts = [exact.PROMPT] * s.ppo_rollout_size
-    options = (prompts, exact.EOS, s, s.kl_coef, generator)
-    for _ in tqdm(range(s.ppo_steps), desc=title or name or "healthy"):
-        rollout = loop["collect_rollout"](policy, reference, world.score, *options)
-        stats = loop["ppo_update"](policy, optimizer, scaler, rollout, s, generator)
-        kl = rollout.old_logprobs - rollout.ref_logprobs
-        figures = {
-            "score": rollout.scores.mean(),
-            "kl": kl.sum(dim=1).mean(),
-            "explained_variance": explained_variance(
-                rollout.old_values, rollout.returns, rollout.mask
-            ),
-            **{key: stats[key].mean() for key in ("clip_fraction", "value_loss")},
-            "ratio_max": stats["ratio_max"].max(),
-        }
-        history.append({key: float(value) for key, value in figures.items()})
-    return history
+        reference = piece(run.policy.lm)
+    prompts = [exact_world.PROMPT] * s.ppo_rollout_size
+    how = (loop["ppo_advantages"], loop["ppo_update"])
+    models = (reference, world.score)
+    loop["train"](run, *models, lambda step: prompts, exact_world.EOS, s, *how)
+    return [{key: row[key] for key in CURVES} for row in run.history]
 
 
 def plot(healthy, run, label):

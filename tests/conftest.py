@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
-from utils.support import toy  # noqa: E402
+from utils.practice import tiny_world  # noqa: E402
 
 
 def run_series(*arguments, cwd=ROOT, **environ):
@@ -57,15 +57,15 @@ def pytest_terminal_summary(terminalreporter, config):
 def world():
     """The folder of the tiny world."""
     torch.set_num_threads(THREADS)
-    folder = toy.build_world(ROOT / toy.WORLD)
+    folder = tiny_world.build_world(ROOT / tiny_world.WORLD)
     torch.set_num_threads(1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def series(world, tmp_path_factory):
-    """The folder of a run of the three notebooks from an empty `runs/`."""
+    """The folder of a run of all notebooks from an empty `runs/`."""
     runs = tmp_path_factory.mktemp("runs")
-    done = run_series("--preset", "tiny", RLHF_RUNS_DIR=str(runs))
+    done = run_series("--preset", "tiny", "--only", "all", RLHF_RUNS_DIR=str(runs))
     assert done.returncode == 0, done.stderr[-3000:]
     return runs / "tiny", done.stdout

@@ -17,12 +17,16 @@ import torch
 from torch import nn
 
 from tests import test_evaluation, test_loop, test_preflight
-from utils import evaluation, ppo
+from utils import ppo, training
 from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
-from utils.rollout import evaluate_responses, response_hidden_states, response_logprobs
+from utils.practice import checks, exact_world
+from utils.rollout import (
+    evaluate_responses,
+    logprobs_from_hidden,
+    response_hidden_states,
+)
 from utils.settings import TINY
-from utils.support import checks, exact
 from utils.support.notebook import ROOT, import_cells
 
 CORRECT = {  # check: the function of ours that it must pass
@@ -481,7 +485,7 @@ def _(policy, input_ids, attention_mask, mask, temperature):
     _, values = evaluate_responses(policy, input_ids, attention_mask, mask, temperature)
     hidden = hidden_states(policy.lm.base_model, input_ids, attention_mask)
     late = hidden[:, -mask.shape[1] :]
-    return response_logprobs(policy.lm, late, input_ids, mask, temperature), values
+    return logprobs_from_hidden(policy.lm, late, input_ids, mask, temperature), values
 
 
 @mutant(checks.check_evaluate_responses, 'pad mask from "id == eos"', "closing EOS is")
@@ -490,7 +494,7 @@ def _(policy, input_ids, attention_mask, mask, temperature):
     _, values = evaluate_responses(policy, input_ids, attention_mask, mask, temperature)
     hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
     real = (input_ids[:, -mask.shape[1] :] != eos).long()
-    return response_logprobs(policy.lm, hidden, input_ids, real, temperature), values
+    return logprobs_from_hidden(policy.lm, hidden, input_ids, real, temperature), values
 
 
 @mutant(
@@ -499,7 +503,7 @@ def _(policy, input_ids, attention_mask, mask, temperature):
 def _(policy, input_ids, attention_mask, mask, temperature):
     states = policy.lm.base_model(input_ids, attention_mask).last_hidden_state
     hidden = states[:, -mask.shape[1] - 1 : -1]
-    logprobs = response_logprobs(policy.lm, hidden, input_ids, mask, temperature)
+    logprobs = logprobs_from_hidden(policy.lm, hidden, input_ids, mask, temperature)
     return logprobs, policy.value_head(hidden) * mask
 
 
@@ -564,22 +568,20 @@ class LoopMutant:
 
 
 LOOP = []
-LOOP_CELLS = ("collect-rollout", "ppo-update")
+LOOP_CELLS = test_loop.CELLS
 
 
 @functools.cache
-def loop_sources():
+def loop_sources(cell_id):
     cells = nbformat.read(ROOT / "3-RLHF.ipynb", as_version=4).cells
-    return {cell.id: cell.source for cell in cells if cell.id in LOOP_CELLS}
+    (source,) = (cell.source for cell in cells if cell.id == cell_id)
+    return source
 
 
-def rewritten(namespace, source, old, new):
-    """The names of the namespace, and those of the source with one place changed."""
+def changed_source(source, old, new):
     if source.count(old) != 1:  # no mutant, and so no catch
         raise LookupError(f"{source.count(old)} places to change: {old!r}")
-    changed = dict(namespace)
-    exec(source.replace(old, new), changed)
-    return changed
+    return source.replace(old, new)
 
 
 def change_loop(cell, old, new, mistake, test, error=AssertionError, **options):
@@ -587,8 +589,8 @@ def change_loop(cell, old, new, mistake, test, error=AssertionError, **options):
 
     def run(wrong):
         loop = import_cells("3-RLHF.ipynb", *LOOP_CELLS)
-        if wrong:
-            loop = rewritten(loop, loop_sources()[cell], old, new)
+        if wrong:  # in the place of the right one, where all the others look for it
+            exec(changed_source(loop_sources(cell), old, new), loop)
         torch.manual_seed(0)
         test(loop, test_loop.make_policy(), **options)
 
@@ -637,18 +639,18 @@ LOOP.append(
 change_loop(
     "ppo-update",
     "rollout.minibatches(*sizes, generator)",
-    "torch.randperm(settings.ppo_rollout_size, generator=generator).split(sizes[1])",
+    "map(rollout.rows, torch.randperm(24, generator=generator).split(sizes[1]))",
     "permutation larger than the batch",
     test_loop.test_every_response_is_used_once_an_epoch,
     error=IndexError,
     size=12,
 )
 change_loop(
-    "ppo-update",
-    "            scaler.scale((pi_loss",
-    """            if pi_stats["ratio_mean"] > 10:
-                pi_loss, v_loss = pi_loss * 0, v_loss * 0
-            scaler.scale((pi_loss""",
+    "ppo-loss",
+    "    losses = {",
+    """    if pi_stats["ratio_mean"] > 10:
+        pi_loss, v_loss = pi_loss * 0, v_loss * 0
+    losses = {""",
     "a guard zeroes the loss, and still steps",
     test_loop.test_an_update_is_what_it_would_be_by_hand,
     scaling=False,
@@ -657,14 +659,15 @@ change_loop(
 
 
 def reshuffled(wrong):
-    evaluate = evaluation.evaluate_policy
+    """The cell of notebook 3 that evaluates, and one that shuffles the prompts."""
+    source = loop_sources("evaluate")
+    loop = import_cells("3-RLHF.ipynb", *LOOP_CELLS)
     if wrong:
-        start = "    eos = tokenizer.eos_token_id\n"
-        shuffle = start + "    prompts = random.sample(prompts, len(prompts))\n"
-        source = inspect.getsource(evaluate)
-        namespace = {**vars(evaluation), "random": random.Random(0)}
-        evaluate = rewritten(namespace, source, start, shuffle)["evaluate_policy"]
-    test_evaluation.test_each_row_belongs_to_its_prompt(evaluate)
+        start = "    models, size"
+        shuffle = f"    prompts = random.sample(prompts, len(prompts))\n{start}"
+        loop["random"] = random.Random(0)
+        source = changed_source(source, start, shuffle)
+    test_evaluation.test_each_row_belongs_to_its_prompt(loop, source)
 
 
 LOOP.append(
@@ -675,14 +678,14 @@ LOOP.append(
     )
 )
 change_loop(
-    "collect-rollout",
+    "ppo-advantages",
     "advantages = masked_whiten(advantages, mask)",
     "advantages = masked_whiten(advantages, mask); returns = advantages + values",
     "returns made of whitened advantages",
     test_loop.test_the_returns_are_formed_before_the_advantages_are_whitened,
 )
 change_loop(
-    "collect-rollout",
+    "ppo-advantages",
     "    advantages = masked_whiten(advantages, mask)\n",
     "",
     "advantages not whitened",
@@ -690,84 +693,108 @@ change_loop(
 )
 change_loop(
     "collect-rollout",
-    "pieces.append((logprobs, ref, values))",
-    "pieces.append((logprobs, logprobs, values))",
+    "response_logprobs(reference,",
+    "response_logprobs(policy.lm,",
     "KL of the policy to itself",
     test_loop.test_a_rollout_adds_up,
 )
 change_loop(
-    "collect-rollout",
-    "token_rewards(scores,",
-    "token_rewards(raw_scores,",
+    "ppo-advantages",
+    "rollout.scores,",
+    "rollout.raw_scores,",
     "raw scores in the rewards",
     test_loop.test_a_rollout_adds_up,
 )
 change_loop(
     "collect-rollout",
-    "evaluate_responses(policy, *piece, tau)",
-    "evaluate_responses(policy, *piece)",
+    "evaluate_responses(policy, *some, tau)",
+    "evaluate_responses(policy, *some)",
     "old log-probs without the temperature",
     test_loop.test_every_log_probability_is_at_the_temperature,
 )
 change_loop(
-    "ppo-update",
-    "part.old_logprobs, part.advantages",
-    "part.old_logprobs, masked_whiten(part.advantages, mask)",
+    "ppo-loss",
+    "batch.old_logprobs, batch.advantages",
+    "batch.old_logprobs, masked_whiten(batch.advantages, batch.mask)",
     "advantages whitened again in each piece",
+    test_loop.test_an_update_is_what_it_would_be_by_hand,
+    scaling=False,
+    far=0,
+)
+
+
+def change_training(name, old, new, mistake, test, **options):
+    """A change of a function of utils/training.py that the loop calls."""
+
+    def run(wrong):
+        loop = import_cells("3-RLHF.ipynb", *LOOP_CELLS)
+        if wrong:
+            source = changed_source(inspect.getsource(training), old, new)
+            changed = {"__name__": "changed"}
+            exec(source, changed)
+            loop[name] = changed[name]
+            options["optimizer"] = changed["GuardedOptimizer"]
+        torch.manual_seed(0)
+        test(loop, test_loop.make_policy(), **options)
+
+    caught_by = f"test_loop: {test.__name__[5:]}"
+    LOOP.append(LoopMutant(mistake, caught_by, run, AssertionError))
+
+
+change_training(
+    "accumulate_gradients",
+    "share = piece.n_tokens / batch.n_tokens",
+    "share = len(piece) / len(batch)",
+    "micro-batches weigh by rows",
+    test_loop.test_micro_batches_make_the_same_step,
+)
+change_training(
+    "accumulate_gradients",
+    "        self.scaler.unscale_(self.optimizer)\n",
+    "",
+    "scaled gradients are clipped",
+    test_loop.test_an_update_is_what_it_would_be_by_hand,
+    scaling=True,
+    far=0,
+)
+change_loop(
+    "ppo-update",
+    "        optimizer.zero_grad()\n",
+    "",
+    "gradients pile up",
     test_loop.test_an_update_is_what_it_would_be_by_hand,
     scaling=False,
     far=0,
 )
 change_loop(
     "ppo-update",
-    "part.host_mask.sum() / n_tokens",
-    "len(index) / len(minibatch)",
-    "micro-batches weigh by rows",
-    test_loop.test_micro_batches_make_the_same_step,
-)
-for old, mistake, scaling in (
-    ("        optimizer.zero_grad()\n", "gradients pile up", False),
-    ("        scaler.unscale_(optimizer)\n", "scaled gradients are clipped", True),
-):
-    change_loop(
-        "ppo-update",
-        old,
-        "",
-        mistake,
-        test_loop.test_an_update_is_what_it_would_be_by_hand,
-        scaling=scaling,
-        far=0,
-    )
-change_loop(
-    "ppo-update",
     "rollout.minibatches(*sizes, generator)",
-    "torch.arange(len(rollout)).repeat(sizes[0]).split(sizes[1])",
+    "map(rollout.rows, torch.arange(len(rollout)).repeat(sizes[0]).split(sizes[1]))",
     "minibatches never reshuffled",
     test_loop.test_every_response_is_used_once_an_epoch,
     size=24,
 )
 change_loop(
     "ppo-update",
-    "    for minibatch in rollout",
-    "    policy.train()\n    for minibatch in rollout",
+    "    for batch in rollout",
+    "    policy.train()\n    for batch in rollout",
     "dropout during the update",
     test_loop.test_the_update_changes_the_policy_and_nothing_else,
 )
 
 
-def exact_world(name, wrong_function, mistake):
+def in_the_exact_world(name, wrong_function, mistake):
     """A mistake in a world with exact answers, where it must miss the optimum."""
 
     def run(wrong):
-        cells = (*LOOP_CELLS, "fresh-policy", "train", "train-exactly")
-        loop = import_cells("3-RLHF.ipynb", *cells)
+        found = import_cells("more/4-Estimators.ipynb", "loop", "train-exactly")
         if wrong:
-            loop[name] = wrong_function
-        world = exact.ExactWorld(seed=0)
-        lm = loop["train_exactly"](world, 0.5, seed=0)
+            found["lesson3"].ppo_advantages.__globals__[name] = wrong_function
+        world = exact_world.ExactWorld(seed=0)
+        lm = found["train_exactly"](world, 0.5, seed=0)
         assert world.reached(lm, 0.5) >= 0.98, "misses the optimum"
 
-    catcher = "test_exact: 98 % of what there is to gain"
+    catcher = "test_exact_world: 98 % of what there is to gain"
     LOOP.append(LoopMutant(mistake, catcher, run, AssertionError, "misses the optimum"))
 
 
@@ -776,10 +803,10 @@ def of_mathematics(mistake):
     return found
 
 
-exact_world(
+in_the_exact_world(
     "token_rewards", of_mathematics("sign of k1 in the reward"), "PPO with a turned KL"
 )
-exact_world(
+in_the_exact_world(
     "token_rewards",
     of_mathematics("score on the slot after EOS"),
     "PPO with the score behind EOS",

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from utils.support import badges
+from tools import badges
 
 
 def test_every_file_names_the_same_repository():

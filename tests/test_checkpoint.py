@@ -1,11 +1,13 @@
 """The state of a PPO run on disk: complete, never torn, and never another run's."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import multiprocessing
 import random
 
+import nbformat
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,65 +16,63 @@ from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_loop import score
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import freeze
-from utils.support import checkpoint as checkpoint_module
 from utils.support.checkpoint import Checkpoint, read_state, write_state
-from utils.support.notebook import import_cells
+from utils.support.notebook import ROOT, import_cells
 
 pytestmark = pytest.mark.faults
 SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=144, checkpoint_every=2)
-CELLS = ("fresh-policy", "collect-rollout", "ppo-update")
+CELLS = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
+CELLS += ("summarise", "train")
 
 
-class Run:
+class Started:
     """What the cells `start` and `loop` of notebook 3 do, for a very small model."""
 
-    def __init__(self, settings, device="cpu", code=(), **inputs):
-        device = torch.device(device)
-        self.loop = import_cells("3-RLHF.ipynb", *CELLS)
+    def __init__(self, settings, loop=None, code=(), **inputs):
+        self.loop = loop or import_cells("3-RLHF.ipynb", *CELLS)
         self.settings = settings
         lm = small_lm().float()
         self.reference = freeze(copy.deepcopy(lm))
-        policy, optimizer, decay = self.loop["fresh_policy"](lm, settings)
-        self.parts = {
-            "policy": policy,
-            "optimizer": optimizer,
-            "decay": decay,
-            # on a CPU too, so that there is something to lose
-            "scaler": torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5),
-            "generator": torch.Generator().manual_seed(settings.seed),
-        }
+        self.run = self.loop["fresh_run"](lm, settings)
+        # on a CPU too, so that there is something to lose
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5)
+        self.run.optimizer.scaler = scaler
+        self.how = (self.loop["ppo_advantages"], self.loop["ppo_update"])
+        code = (self.loop["fresh_run"], self.loop["train"], *self.how, *code)
         inputs = {"reference": self.reference, "prompts": PROMPTS, **inputs}
-        self.checkpoint = Checkpoint(settings, device, self.parts, code, inputs)
-        start = ([], {}, settings.kl_coef)
-        self.history, self.snapshots, self.kl_coef = self.checkpoint.restore(*start)
+        self.checkpoint = Checkpoint(self.run, settings, code, inputs)
+        self.checkpoint.restore()
+
+    @property
+    def history(self):
+        return self.run.history
 
     def go(self, until=None):
         """Train to the end, or until so many rollouts are done."""
-        policy, optimizer, decay, scaler, generator = self.parts.values()
-        s = self.settings
-        for step in range(len(self.history), until or s.ppo_steps):
-            rollout = self.loop["collect_rollout"](
-                *(policy, self.reference, score, PROMPTS * 8, EOS, s, self.kl_coef),
-                generator,
-            )
-            stats = self.loop["ppo_update"](
-                policy, optimizer, scaler, rollout, s, generator
-            )
-            figures = {name: float(values.mean()) for name, values in stats.items()}
-            # the states of the other random generators matter to the result, too
-            figures["noise"] = random.random() + torch.rand(()).item()
-            self.history.append(figures)
-            self.snapshots[step] = (figures, [{"text": "é"}])
-            decay.step()
-            self.kl_coef *= 1.01
-            self.checkpoint.save(self.history, self.snapshots, self.kl_coef)
+
+        class Stop(Exception):
+            pass
+
+        def pause(step):
+            if step and step not in self.run.snapshots:
+                # the states of the other random generators matter to the result, too
+                noise = random.random() + torch.rand(()).item()
+                self.run.snapshots[step] = (noise, [{"text": "é"}])
+            self.checkpoint.save()
+            if step == until:
+                raise Stop
+
+        with contextlib.suppress(Stop):
+            self.checkpoint.check_code()
+            models = (self.reference, score, lambda step: PROMPTS * 8, EOS)
+            self.loop["train"](self.run, *models, self.settings, *self.how, pause)
         return self
 
 
 def started(settings, **options):
     random.seed(1)
     torch.manual_seed(1)
-    return Run(settings, **options)
+    return Started(settings, **options)
 
 
 @pytest.fixture
@@ -87,21 +87,20 @@ def whole(tmp_path_factory):
     return started(dataclasses.replace(SETTINGS, runs_dir=str(runs))).go()
 
 
-def same(run, other):
-    assert run.history == other.history and len(run.history) == 6
-    assert run.kl_coef == other.kl_coef
-    for name, part in run.parts.items():
-        a, b = (
-            dict(part.named_parameters())
-            if isinstance(part, torch.nn.Module)
-            else {"state": part.get_state()}
-            if isinstance(part, torch.Generator)
-            else part.state_dict()
-            for part in (part, other.parts[name])
-        )
-        assert json.dumps(a, default=lambda x: x.tolist()) == json.dumps(
-            b, default=lambda x: x.tolist()
-        )
+def same(one, other):
+    """The same run, to the last bit, but for the seconds that it took."""
+    assert len(one.history) == 6
+    for name, part in vars(one.run).items():
+        parts = (part, getattr(other.run, name))
+        if isinstance(part, torch.nn.Module):
+            parts = tuple(dict(part.named_parameters()) for part in parts)
+        elif isinstance(part, torch.Generator):
+            parts = tuple(part.get_state() for part in parts)
+        elif hasattr(part, "state_dict"):
+            parts = tuple(part.state_dict() for part in parts)
+        if name != "seconds":
+            a, b = (json.dumps(part, default=lambda x: x.tolist()) for part in parts)
+            assert a == b, name
 
 
 @pytest.mark.parametrize("rollouts, saved", [(2, 2), (3, 2), (5, 4), (6, 6)])
@@ -111,9 +110,10 @@ def test_an_interrupted_run_ends_where_it_would_have(
     started(settings).go(until=rollouts)
     random.seed(99)  # a new process draws otherwise
     torch.manual_seed(99)
-    run = Run(settings)
+    run = Started(settings)
     assert f"goes on after {saved} of 6 rollouts" in capsys.readouterr().out
-    assert len(run.history) == saved and list(run.snapshots) == list(range(saved))
+    assert len(run.history) == saved
+    assert list(run.run.snapshots) == list(range(1, saved + 1))
     same(run.go(), whole)
 
 
@@ -127,7 +127,7 @@ def test_nothing_is_saved_before_it_is_time(settings, capsys):
 def test_the_last_rollout_is_saved_whatever_its_number(settings):
     settings = dataclasses.replace(settings, checkpoint_every=4)
     started(settings).go()
-    assert len(Run(settings).history) == 6
+    assert len(Started(settings).history) == 6
 
 
 def test_discard_begins_anew(settings, whole, capsys):
@@ -155,15 +155,10 @@ def test_discard_begins_anew(settings, whole, capsys):
         ),
         ({}, {"reference": freeze(small_lm(seed=5).float())}, "had another reference"),
         ({}, {"prompts": PROMPTS[:2]}, "had another prompts"),
-        ({}, {"code": (score,)}, "had another score"),
+        ({}, {"code": (score,)}, "another score"),
         ({"ppo_episodes": 24}, {}, "ppo_episodes 144 instead of 24"),
-        # another machine, as a free runtime may be next time
-        ({}, {"device": "meta"}, "device 'cpu' instead of 'meta'"),
-        (
-            {"precision": "float16"},
-            {},
-            "dtype 'torch.float32' instead of 'torch.float16",
-        ),
+        # another precision, as that of another machine may be next time
+        ({"precision": "bfloat16"}, {}, "dtype 'torch.float32' instead of 'torch.bf"),
     ],
 )
 def test_another_runs_checkpoint_is_named_and_set_aside(
@@ -177,7 +172,7 @@ def test_another_runs_checkpoint_is_named_and_set_aside(
     assert says in said and said.endswith("; renamed to ppo.safetensors.aside-1")
     assert (settings.folder / "ppo.safetensors.aside-1").read_bytes() == content
     for weight, first in zip(
-        run.parts["policy"].lm.parameters(), run.reference.parameters(), strict=True
+        run.run.policy.lm.parameters(), run.reference.parameters(), strict=True
     ):
         assert torch.equal(weight, first)
     survived("checkpoint of another run", said)
@@ -187,8 +182,8 @@ def test_a_setting_that_changes_nothing_does_not_matter(settings, whole):
     started(settings).go(until=2)
     changes = {"frontier_rollouts": 3, "best_of_n": 2, "checkpoint_every": 3}
     lower = dataclasses.replace(settings, ppo_micro_batch_size=4)  # after a full GPU
-    assert len(Run(lower).history) == 2
-    same(Run(dataclasses.replace(settings, **changes)).go(), whole)
+    assert len(Started(lower).history) == 2
+    same(Started(dataclasses.replace(settings, **changes)).go(), whole)
 
 
 def test_a_finished_run_of_other_settings_is_replaced(settings, capsys):
@@ -199,29 +194,69 @@ def test_a_finished_run_of_other_settings_is_replaced(settings, capsys):
     assert [p.name for p in settings.folder.iterdir()] == ["ppo.safetensors"]
 
 
-def test_an_edit_of_the_series_begins_anew(settings, tmp_path, monkeypatch, capsys):
-    """Of a function in the notebook, or of a file that learners read."""
+FORMULAS = (
+    "token_rewards",
+    "compute_gae",
+    "masked_whiten",
+    "policy_loss",
+    "value_loss",
+    "kl_estimate",
+    "explained_variance",
+)
+PARTS = ("sample_responses", "evaluate_responses", "response_logprobs", "has_ended")
 
-    def ppo_update():
-        return 1
 
-    before = ppo_update
-    exec_free = tmp_path / "utils"
-    exec_free.mkdir()
-    (exec_free / "ppo.py").write_text("eps = 0.2")
-    monkeypatch.setattr(checkpoint_module, "READ_BY_LEARNERS", exec_free)
-    started(settings, code=(before,)).go(until=2)
-    assert len(started(settings, code=(before,)).history) == 2
+@pytest.mark.parametrize("name", (*FORMULAS, *PARTS))
+def test_a_formula_written_anew_after_a_finished_run_counts(
+    settings, whole, capsys, survived, name
+):
+    """It is named, PPO begins anew, and the figures are others."""
+    started(settings).go()
+    edited = import_cells("3-RLHF.ipynb", *CELLS)
+    real = edited[name]
 
-    def ppo_update():  # noqa: F811
-        return 2
+    def wrong(*arguments, **options):
+        found = real(*arguments, **options)
+        if isinstance(found, tuple):
+            return (found[0] * 2, *found[1:])
+        return ~found if found.dtype == torch.bool else found * 1.5
 
-    assert started(settings, code=(ppo_update,)).history == []
-    assert "had another ppo_update" in capsys.readouterr().out
-    started(settings, code=(before,)).go(until=2)
-    (exec_free / "ppo.py").write_text("eps = 0.3")
-    assert started(settings, code=(before,)).history == []
-    assert "had another utils/ppo.py" in capsys.readouterr().out
+    edited[name] = wrong
+    if name == "sample_responses":  # the tokens must be tokens
+        edited[name] = lambda *arguments: real(*arguments[:5], 2.0, *arguments[6:])
+    run = started(settings, loop=edited)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("PPO begins anew") and f"had another {name}" in said
+    assert run.history == []
+    assert run.go().history != whole.history
+    survived(f"{name} written anew after a finished run", said)
+
+
+def test_a_function_written_anew_under_a_run_is_noticed(settings, survived):
+    """Interrupted, a formula redefined in a new cell, and the loop's cell run again."""
+    run = started(settings).go(until=3)
+    run.loop["masked_whiten"] = lambda x, mask: x * 0
+    with pytest.raises(RuntimeError, match="there is another masked_whiten; run") as e:
+        run.go()
+    assert len(run.history) == 3
+    survived("masked_whiten written anew, and the loop goes on", str(e.value))
+
+
+def test_a_comment_and_a_docstring_are_no_edit(settings):
+    started(settings).go(until=2)
+    source = source_of("ppo-advantages").replace("# 1.", "\n    # First,")
+    source = source.replace('"""The rollout with', '"""A rollout with')
+    edited = import_cells("3-RLHF.ipynb", *CELLS)
+    exec(source, edited)
+    assert len(started(settings, loop=edited).history) == 2
+    exec(source.replace("settings.gamma", "0.5"), edited)
+    assert started(settings, loop=edited).history == []
+
+
+def source_of(cell_id):
+    cells = nbformat.read(ROOT / "3-RLHF.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.id == cell_id)
+    return source
 
 
 def foreign(path):
@@ -267,7 +302,7 @@ def test_a_disk_that_is_full_ends_no_training(settings, whole, survived):
     settings.folder.unlink()
     run.go()
     same(run, whole)
-    same(Run(settings), whole)
+    same(Started(settings), whole)
     survived("a checkpoint cannot be written", str(caught[0].message))
 
 
@@ -290,13 +325,13 @@ def test_a_nest_of_everything_comes_back(tmp_path):
 
 def test_two_names_of_one_weight_are_saved_once(settings):
     """GPT-2's embedding is its vocabulary projection, too."""
-    policy = started(settings).go(until=2).parts["policy"]
+    policy = started(settings).go(until=2).run.policy
     lm = policy.lm
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     names = list(load_file(settings.folder / "ppo.safetensors"))
-    saved = [name for name in names if name.startswith("state.parts.policy.")]
+    saved = [name for name in names if name.startswith("state.run.policy.")]
     assert len(saved) == len(list(policy.parameters()))
-    reloaded = Run(settings).parts["policy"].lm
+    reloaded = Started(settings).run.policy.lm
     weights = (reloaded.get_output_embeddings(), reloaded.get_input_embeddings())
     assert weights[0].weight is weights[1].weight
 
@@ -327,9 +362,10 @@ def test_killed_at_any_moment_a_run_ends_where_it_would_have(settings, whole, su
         kills += process.exitcode == -9
         if file.exists():
             _, state = read_state(file)
-            reached.add(len(state["records"][0]))
-            if len(state["records"][0]) == settings.ppo_steps:
-                same(Run(settings), whole)
+            done = len(state["run"]["history"])
+            reached.add(done)
+            if done == settings.ppo_steps:
+                same(Started(settings), whole)
                 file.unlink()
                 finished += 1
         assert not list(settings.folder.glob("*.aside-*"))

@@ -43,7 +43,6 @@ SHORT = {
     "RLHF_PPO_EPISODES": "1280",
     "RLHF_PPO_ROLLOUT_SIZE": "128",
     "RLHF_CHECKPOINT_EVERY": "1",
-    "RLHF_FRONTIER_ROLLOUTS": "0",
     "RLHF_TIME_MACHINE_PROMPTS": "2",
     "OMP_NUM_THREADS": "1",  # for models this small, and some runs go on side by side
 }
@@ -159,7 +158,7 @@ def wait_for_rollouts(process, checkpoint, number):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.05)
         if checkpoint.exists():
-            done = len(read_state(checkpoint)[1]["records"][0])
+            done = len(read_state(checkpoint)[1]["run"]["history"])
             if done >= number:
                 return done
     raise AssertionError(process.said()[-3000:])
@@ -230,7 +229,7 @@ def kernel(short):
 
 
 @pytest.mark.parametrize(
-    "name, artefact", [(NOTEBOOKS[0], "sft"), (NOTEBOOKS[1], "reward_model")]
+    "name, artefact", [(NOTEBOOKS["1"], "sft"), (NOTEBOOKS["2"], "reward_model")]
 )
 def test_every_cell_can_be_run_again(kernel, whole, tmp_path, survived, name, artefact):
     """And what is saved afterwards is what was saved before."""
@@ -251,19 +250,19 @@ def test_every_cell_can_be_run_again(kernel, whole, tmp_path, survived, name, ar
 
 
 INTERRUPTED = """
-real_update, calls = ppo_update, []
-def ppo_update(*arguments):
-    calls.append(1)
-    stats = real_update(*arguments)
-    if len(calls) == 5:  # the policy has moved, and nothing is recorded
+real_step, steps = run.optimizer.step, []
+def interrupted_step(**figures):
+    steps.append(1)
+    if len(steps) == 5 * 8 + 3:  # the policy has moved, and nothing is recorded
         raise KeyboardInterrupt
-    return stats
+    real_step(**figures)
+run.optimizer.step = interrupted_step
 """
 
 
 def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, survived):
     runs = copied(whole, tmp_path, "sft", "reward_model")
-    notebook = kernel(NOTEBOOKS[2], **runs)
+    notebook = kernel(NOTEBOOKS["3"], **runs)
     folder, expected, ids = tmp_path / "tiny", figures(whole[0]), notebook.ids
     # Interrupted in an update; the cell of the preflight goes back to the last save
     start, loop = ids.index("start"), ids.index("loop")
@@ -271,7 +270,7 @@ def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, surv
     notebook.say(INTERRUPTED)
     with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
         notebook.run("loop")
-    notebook.run("ppo-update", "start", *ids[loop:])
+    notebook.run("start", *ids[start + 1 :])
     assert figures(folder) == expected
     survived(
         "the loop is interrupted in an update", "back to the last save; same figures"
@@ -284,14 +283,14 @@ def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, surv
     notebook.run("start", *ids[:start], "snapshot", "loop", "after", "save")
     assert figures(folder) == expected
     assert len(expected["history"]) == 10
-    fault = f"{NOTEBOOKS[2]}: each of {len(ids)} cells run again"
+    fault = f"{NOTEBOOKS['3']}: each of {len(ids)} cells run again"
     survived(fault, "the same policy and figures")
 
 
 def said_by(done, number, runs):
     """The error in which a notebook ended, of `python -m utils`."""
     assert done.returncode == 1
-    notebook = nbformat.read(runs / "tiny" / NOTEBOOKS[number - 1], as_version=4)
+    notebook = nbformat.read(runs / "tiny" / NOTEBOOKS[str(number)], as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     (error,) = (output for output in outputs if output.output_type == "error")
@@ -311,7 +310,8 @@ def test_what_ends_a_run_is_said(whole, short, tmp_path, survived):
             f"^FloatingPointError: the policy loss is {stopped}",
         ),
         "RLHF_RM_EPOCHS": (
-            *(3, "2"),
+            3,
+            "2",
             "^ValueError: .*reward_model was made with rm_epochs 1 instead of 2; run",
         ),
     }

@@ -1,20 +1,22 @@
 import dataclasses
 import math
 
+import nbformat
 import pytest
 import torch
 
+from tests.test_loop import CELLS
 from tests.test_rollout import EOS, small_lm
 from utils.data import load_tokenizer
 from utils.evaluation import (
     FIGURES,
     distinct_n,
-    evaluate_policy,
     figures_table,
     train_judge,
 )
-from utils.models import RewardModel, freeze
+from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.settings import TINY
+from utils.support.notebook import ROOT, import_cells
 
 SETTINGS = dataclasses.replace(TINY, max_new_tokens=6, ppo_minibatch_size=64)
 PROMPTS = [[5, 6, 7, 8], [3], [4, 2]] * 20
@@ -30,20 +32,46 @@ class Tokenizer:
         return " ".join(str(i) for i in ids if not (skip_special_tokens and i == EOS))
 
 
-@pytest.fixture(scope="module")
-def measured():
+def source_of(cell_id):
+    cells = nbformat.read(ROOT / "3-RLHF.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.id == cell_id)
+    return source
+
+
+def evaluator(loop, source, settings=SETTINGS):
+    """`evaluate` of notebook 3 for three small models, and these models."""
     torch.manual_seed(0)
     reward_model = freeze(RewardModel(small_lm(seed=2).base_model).double())
-    models = small_lm(seed=0), small_lm(seed=1), reward_model
+    lm, reference = small_lm(seed=0), small_lm(seed=1)
 
+    def score(input_ids, attention_mask, mask):
+        raw = reward_model(input_ids, attention_mask)
+        return raw, raw / 2
+
+    loop |= {
+        "settings": settings,
+        "device": torch.device("cpu"),
+        "reference": reference,
+        "score": score,
+        "eos_id": EOS,
+        "tokenizer": Tokenizer(),
+        "held_out": PROMPTS,
+        "judges": {"has_three": lambda texts: ["3" in t.split() for t in texts]},
+    }
+    exec(source, loop)
+    policy = PolicyWithValueHead(lm).double()
+    return lambda: loop["evaluate"](policy), (lm, reference, reward_model)
+
+
+@pytest.fixture(scope="module")
+def measured():
     def measure(settings=SETTINGS):
-        judges = {"has_three": lambda texts: ["3" in text.split() for text in texts]}
-        return evaluate_policy(
-            *models, Tokenizer(), PROMPTS, settings, torch.device("cpu"), judges
-        )
+        loop = import_cells("3-RLHF.ipynb", *CELLS)
+        evaluate, models = evaluator(loop, source_of("evaluate"), settings)
+        return models, *evaluate()
 
     other = dataclasses.replace(SETTINGS, seed=SETTINGS.seed + 1)
-    return models, *measure(), measure(), measure(other)
+    return *measure(), measure()[1:], measure(other)[1:]
 
 
 def alone(model, ids):
@@ -73,6 +101,7 @@ def test_every_figure_from_the_texts_alone(measured):
         rewards.append(2 / (1 + math.exp(-z)) - 1)
         assert row["kl"] == pytest.approx(kls[-1], abs=1e-6)
         assert row["raw"] == pytest.approx(z, abs=1e-6)
+        assert row["score"] == pytest.approx(z / 2, abs=1e-6)
         assert row["ended"] == stopped
         assert row["reward"] == pytest.approx(rewards[-1], abs=1e-6)
     count = len(PROMPTS)
@@ -93,11 +122,11 @@ def test_the_same_model_gives_the_same_figures(measured):
     assert rows != other_seed[1]
 
 
-def test_each_row_belongs_to_its_prompt(evaluate=evaluate_policy):
+def test_each_row_belongs_to_its_prompt(loop=None, source=None):
     """In the order in which the prompts were given, so that rows can be paired."""
-    reward_model = freeze(RewardModel(small_lm(seed=2).base_model).double())
-    models = small_lm(seed=0), small_lm(seed=1), reward_model
-    _, rows = evaluate(*models, Tokenizer(), PROMPTS, SETTINGS, torch.device("cpu"), {})
+    loop = loop or import_cells("3-RLHF.ipynb", *CELLS)
+    evaluate, _ = evaluator(loop, source or source_of("evaluate"))
+    _, rows = evaluate()
     assert [row["prompt"] for row in rows] == [" ".join(map(str, p)) for p in PROMPTS]
     for row in rows:
         assert row["text"].startswith(row["prompt"])

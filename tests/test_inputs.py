@@ -18,10 +18,11 @@ from transformers import (
     MambaConfig,
 )
 
+from utils import inputs
 from utils.data import load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, load_causal_lm
 from utils.settings import TINY
-from utils.support import inputs
+from utils.support import preflight
 
 pytestmark = pytest.mark.faults
 GOOD = {"sentence": ["fine", "bad"], "label": [1, 0]}
@@ -200,11 +201,11 @@ def test_a_context_shorter_than_a_text(tmp_path, world, survived, places, says):
     name = model_folder(tmp_path, world, gpt2(n_positions=places))
     settings = dataclasses.replace(TINY, model_name=name)
     if says is None:
-        inputs.prepare(settings, "sft")
+        preflight.prepare(settings, "sft")
         longer = dataclasses.replace(settings, max_new_tokens=64)
         says, settings = r"prompt_max_tokens \+ max_new_tokens is 71", longer
     with pytest.raises(ValueError, match=says) as caught:
-        inputs.prepare(settings, "sft")
+        preflight.prepare(settings, "sft")
     survived("a context shorter than a text", str(caught.value))
 
 
@@ -219,7 +220,7 @@ def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world, survived):
     settings = dataclasses.replace(TINY, model_name=name)
     says = "has 927 tokens and the model only 500"
     with pytest.raises(ValueError, match=says) as caught:
-        inputs.prepare(settings, "sft")
+        preflight.prepare(settings, "sft")
     survived("a tokenizer with more words than the model", str(caught.value))
 
 

@@ -1,7 +1,9 @@
-"""`collect_rollout` and `ppo_update`, taken from notebook 3."""
+"""The functions of the loop, taken from notebook 3."""
 
+import contextlib
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from utils.ppo import compute_gae
 from utils.rollout import Rollout, has_ended, normalise_scores
 from utils.settings import TINY
 from utils.support.notebook import import_cells
+from utils.training import GuardedOptimizer
 
+CELLS = ("collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
 SETTINGS = dataclasses.replace(
     TINY,
     ppo_episodes=48,
@@ -21,12 +25,12 @@ SETTINGS = dataclasses.replace(
     ppo_micro_batch_size=12,
     max_new_tokens=6,
 )
-SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 @pytest.fixture(scope="module")
 def loop():
-    return import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-update")
+    cells = ("fresh-run", *CELLS, "summarise", "train")
+    return import_cells("3-RLHF.ipynb", *cells)
 
 
 def make_policy():
@@ -47,16 +51,28 @@ def score(ids, attention, mask):
 
 
 def collect(loop, policy, reference, seed=0, settings=SETTINGS, kl_coef=0.1):
+    """A rollout with its advantages."""
     generator = torch.Generator().manual_seed(seed)
-    return loop["collect_rollout"](
-        policy, reference, score, PROMPTS * 8, EOS, settings, kl_coef, generator
+    rollout = loop["collect_rollout"](
+        policy, reference, score, PROMPTS * 8, EOS, settings, generator
     )
+    return loop["ppo_advantages"](rollout, settings, kl_coef)
 
 
-def update(loop, policy, rollout, settings=SETTINGS, lr=1e-3):
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, eps=1e-5)
-    generator = torch.Generator().manual_seed(0)
-    return loop["ppo_update"](policy, optimizer, SCALER, rollout, settings, generator)
+def guarded(
+    policy, optimizer=None, settings=SETTINGS, scaler=None, kind=GuardedOptimizer
+):
+    """The optimiser that the loop takes; AdamW if none is given."""
+    optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
+    made = kind(policy, optimizer, settings, settings.max_grad_norm)
+    made.scaler = scaler or made.scaler
+    return made
+
+
+def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer or guarded(policy, settings=settings)
+    return loop["ppo_update"](policy, optimizer, rollout, settings, generator)
 
 
 def test_a_rollout_adds_up(loop, policy):
@@ -86,12 +102,13 @@ def test_one_ends_at_once_one_at_the_limit_and_one_never(policy):
             ids = torch.cat([prompt_ids, responses[rows]], dim=1)
             return ids, torch.cat([prompt_mask, mask[rows]], dim=1), mask[rows]
 
-        own = import_cells("3-RLHF.ipynb", "collect-rollout")
+        own = import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
         own["sample_responses"] = sampled
         chosen = [prompts[b] for b in rows]
-        return own["collect_rollout"](
-            policy, reference, score, chosen, EOS, SETTINGS, 0.1, None
+        rollout = own["collect_rollout"](
+            policy, reference, score, chosen, EOS, SETTINGS, None
         )
+        return own["ppo_advantages"](rollout, SETTINGS, 0.1)
 
     together = collect_these([0, 1, 2])
     assert together.scores.tolist() == [0.0, 2.0, -1.0]  # one never ends: -1
@@ -141,7 +158,9 @@ def test_every_log_probability_is_at_the_temperature(loop, policy):
 
 
 @pytest.mark.parametrize("scaling, far", [(False, 0), (True, 0), (False, 3)])
-def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
+def test_an_update_is_what_it_would_be_by_hand(
+    loop, policy, scaling, far, optimizer=GuardedOptimizer
+):
     """Two steps of plain gradient descent, with a setting of its own for each part.
 
     Loss scaling, which float16 needs, must not change them: the gradient is unscaled
@@ -164,9 +183,9 @@ def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
             weight += 0.02 * torch.randn(weight.shape, generator=torch.manual_seed(1))
         rollout.old_logprobs -= far
     by_hand = copy.deepcopy(policy)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    generator = torch.Generator().manual_seed(0)
-    stats = loop["ppo_update"](policy, optimizer, scaler, rollout, settings, generator)
+    sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
+    optimizer = guarded(policy, sgd, settings, scaler, optimizer)
+    stats = update(loop, policy, rollout, settings, optimizer)
     assert 0 < stats["clip_fraction"][0] < 1
     if far:
         assert stats["ratio_mean"][0] > 10
@@ -207,10 +226,8 @@ def test_a_gradient_that_overflows_moves_nothing(loop):
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
     before = copy.deepcopy(policy.state_dict())
     policy.value_head.weight.register_hook(lambda grad: grad * float("inf"))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    generator = torch.Generator().manual_seed(0)
-    loop["ppo_update"](policy, optimizer, scaler, rollout, SETTINGS, generator)
+    update(loop, policy, rollout, optimizer=guarded(policy, scaler=scaler))
     for name, weight in policy.state_dict().items():
         assert torch.equal(weight, before[name])
     assert scaler.get_scale() == 4.0  # halved at each of the 8 steps
@@ -222,19 +239,17 @@ def test_an_interrupted_update_leaves_nothing_behind(loop, policy):
     undisturbed = copy.deepcopy(policy)
     update(loop, undisturbed, rollout)
 
-    class Interrupted(torch.amp.GradScaler):
-        def step(self, optimizer):
-            raise KeyboardInterrupt
+    optimizer = guarded(policy)
+    step = optimizer.step
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
-    for scaler in (Interrupted("cpu", enabled=False), SCALER):
-        generator = torch.Generator().manual_seed(0)
-        arguments = (policy, optimizer, scaler, rollout, SETTINGS, generator)
-        if scaler is SCALER:
-            loop["ppo_update"](*arguments)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                loop["ppo_update"](*arguments)
+    def interrupted(**figures):
+        raise KeyboardInterrupt
+
+    optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        update(loop, policy, rollout, optimizer=optimizer)
+    optimizer.step = step
+    update(loop, policy, rollout, optimizer=optimizer)
     for got, want in zip(policy.parameters(), undisturbed.parameters(), strict=True):
         assert torch.equal(got, want)
 
@@ -254,9 +269,7 @@ def test_the_first_ratio_is_one_and_the_last_is_not(loop):
     reference = freeze(copy.deepcopy(policy.lm))
     rollout = collect(loop, policy, reference)
     with torch.no_grad():
-        now, _ = loop["evaluate_responses"](
-            policy, rollout.input_ids, rollout.attention_mask, rollout.mask
-        )
+        now, _ = loop["evaluate_responses"](policy, *rollout.texts)
     assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-5
     stats = update(loop, policy, rollout)
     assert (stats["ratio_max"][0] - 1).abs() <= 1e-5
@@ -274,7 +287,7 @@ def test_pieces_of_a_rollout_agree_with_the_whole(loop, policy):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-def test_micro_batches_make_the_same_step(loop, policy):
+def test_micro_batches_make_the_same_step(loop, policy, optimizer=GuardedOptimizer):
     """Although responses differ in length: each piece weighs by its tokens."""
     settings = dataclasses.replace(SETTINGS, ppo_epochs=1, ppo_minibatch_size=24)
     rollout = collect(loop, policy, freeze(small_lm(seed=1)))
@@ -283,7 +296,8 @@ def test_micro_batches_make_the_same_step(loop, policy):
     for size in (24, 4):
         trained = copy.deepcopy(policy)
         micro = dataclasses.replace(settings, ppo_micro_batch_size=size)
-        update(loop, trained, rollout, micro)
+        made = guarded(trained, settings=micro, kind=optimizer)
+        update(loop, trained, rollout, micro, made)
         results.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
     start = torch.cat([p.detach().flatten() for p in policy.parameters()])
     assert (results[0] - start).abs().max() > 1e-4
@@ -293,16 +307,19 @@ def test_micro_batches_make_the_same_step(loop, policy):
 @pytest.mark.parametrize("size", [24, 12])
 def test_every_response_is_used_once_an_epoch(loop, policy, size):
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
-    rollout = rollout.rows(torch.arange(size))
+    # the responses of the rollout, told apart by a number of their own
+    rollout = dataclasses.replace(rollout, raw_scores=torch.arange(24.0))
+    rollout = Rollout(**vars(rollout.rows(torch.arange(size))))
     seen = []
-    rows = rollout.rows
 
-    def spy(index):
-        seen.append(index.tolist())
-        return rows(index)
+    def spy(policy, batch, settings):
+        seen.append(batch.raw_scores.int().tolist())
+        return loop["ppo_loss"](policy, batch, settings)
 
-    rollout.rows = spy
-    update(loop, policy, rollout, dataclasses.replace(SETTINGS, ppo_epochs=2))
+    settings = dataclasses.replace(SETTINGS, ppo_epochs=2)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = guarded(policy)
+    loop["ppo_update"](policy, optimizer, rollout, settings, generator, loss=spy)
     flat = [i for index in seen for i in index]
     assert sorted(flat[:size]) == sorted(flat[size:]) == list(range(size))
     assert flat[:size] != flat[size:]  # reshuffled
@@ -324,16 +341,81 @@ def test_the_update_changes_the_policy_and_nothing_else(loop, policy):
     assert "value_head.weight" in changed and "lm.transformer.wte.weight" in changed
 
 
-def test_ppo_finds_what_is_rewarded(loop, policy):
-    reference = freeze(copy.deepcopy(policy.lm))
-    scores = []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, eps=1e-5)
-    generator = torch.Generator().manual_seed(0)
-    for seed in range(25):
-        rollout = collect(loop, policy, reference, seed=seed, kl_coef=0.02)
-        scores.append(rollout.scores.mean().item())
-        loop["ppo_update"](policy, optimizer, SCALER, rollout, SETTINGS, generator)
+def small_run(loop, **changes):
+    """A run of PPO for a small model, its settings, and what `train` wants besides."""
+    settings = dataclasses.replace(SETTINGS, ppo_episodes=600, ppo_lr=3e-3, **changes)
+    lm = small_lm()
+    models = (freeze(copy.deepcopy(lm)), score, lambda step: PROMPTS * 8, EOS)
+    return loop["fresh_run"](lm, settings), models, settings
+
+
+def test_ppo_finds_what_is_rewarded(loop):
+    run, models, settings = small_run(loop, kl_coef=0.02)
+    how = (loop["ppo_advantages"], loop["ppo_update"])
+    loop["train"](run, *models, settings, *how)
+    scores = [row["score"] for row in run.history]
+    assert len(scores) == 25
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
+
+
+def test_an_estimator_of_ones_own_is_a_few_lines(loop):
+    """RLOO (Kool et al. 2019; arXiv 2402.14740): four answers to each prompt.
+
+    The advantage of each is its reward, KL included, less the mean of the other three.
+    """
+
+    def rloo_advantages(rollout, settings, kl_coef):
+        kl = (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1)
+        rewards = (rollout.scores - kl_coef * kl).view(-1, 4)
+        advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * 4 / 3
+        advantages = advantages.view(-1, 1) * rollout.mask
+        return dataclasses.replace(rollout, advantages=advantages, returns=advantages)
+
+    run, models, settings = small_run(loop, kl_coef=0.02, value_coef=0.0)
+    reference, score, _, eos_id = models
+    prompts = [prompt for prompt in PROMPTS * 2 for _ in range(4)]
+    how = (rloo_advantages, loop["ppo_update"])
+    models = (reference, score, lambda step: prompts, eos_id)
+    loop["train"](run, *models, settings, *how)
+    scores = [row["score"] for row in run.history]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
+    assert run.policy.value_head.weight.eq(0).all()  # no critic was trained
+    source = inspect.getsource(rloo_advantages).strip().splitlines()
+    assert len(source) <= 15
+
+
+def test_training_stops_between_rollouts_and_goes_on(loop):
+    """Interrupted after 7 of 25 and called again: the same run."""
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_7(step):
+        if step == 7:
+            raise Stop
+
+    runs = []
+    for pauses in ([None], [stop_at_7, None]):
+        run, models, settings = small_run(loop)
+        for pause in pauses:
+            with contextlib.suppress(Stop):
+                how = (loop["ppo_advantages"], loop["ppo_update"])
+                loop["train"](run, *models, settings, *how, pause)
+        runs.append(run)
+    assert runs[0].history == runs[1].history and len(runs[0].history) == 25
+
+
+def test_an_adaptive_beta_steers_the_kl(loop):
+    """By hand: beta grows by what the KL of each rollout was above its target."""
+    run, models, settings = small_run(loop, kl_target=0.3, kl_horizon=100)
+    loop["train"](run, *models, settings, loop["ppo_advantages"], loop["ppo_update"])
+    beta = settings.kl_coef
+    for row in run.history:
+        assert row["kl_coef"] == pytest.approx(beta, rel=1e-6)
+        error = min(max(row["kl"] / 0.3 - 1, -0.2), 0.2)
+        beta *= 1 + error * 24 / 100
+    assert run.kl_coef == pytest.approx(beta, rel=1e-6)
+    assert len({row["kl_coef"] for row in run.history}) > 20
 
 
 def test_in_half_precision_the_first_ratio_is_still_near_one(loop):
@@ -343,9 +425,8 @@ def test_in_half_precision_the_first_ratio_is_still_near_one(loop):
     rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)), settings=half)
     assert rollout.old_logprobs.dtype == rollout.old_values.dtype == torch.float32
     with torch.no_grad():
-        batch = (rollout.input_ids, rollout.attention_mask, rollout.mask)
-        exact, _ = loop["evaluate_responses"](policy, *batch)
+        exact, _ = loop["evaluate_responses"](policy, *rollout.texts)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            now, _ = loop["evaluate_responses"](policy, *batch)
+            now, _ = loop["evaluate_responses"](policy, *rollout.texts)
     assert (exact - rollout.old_logprobs).abs().max() > 1e-4  # it was in bfloat16
     assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-2

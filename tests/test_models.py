@@ -16,7 +16,6 @@ from utils.models import (
     ValueHead,
     freeze,
     hidden_states,
-    hidden_states_by_length,
     load_causal_lm,
     position_ids,
     vocabulary_logits,
@@ -63,28 +62,6 @@ def test_padding_changes_nothing(make, dtype, bound, side):
             alone = model(torch.tensor([row])).logits[0]
             difference = (together[i][mask[i].bool()] - alone).abs().max().item()
             assert difference <= bound
-
-
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_texts_grouped_by_length_give_the_same_states(make, side, monkeypatch):
-    monkeypatch.setattr("utils.models.GROUP", 2)
-    trunk, rows = make().double().base_model, [*ROWS, [7, 7, 7]]
-    ids, mask = pad(rows, pad_id=0, side=side)
-    ends = (mask * torch.arange(1, 6)).amax(dim=1)
-    grouped = hidden_states_by_length(trunk, ids, mask, ends)
-    real = mask.bool()
-    torch.testing.assert_close(
-        grouped[real], hidden_states(trunk, ids, mask)[real], atol=1e-9, rtol=0
-    )
-    lengths = []
-    trunk.register_forward_hook(
-        lambda _, args, kwargs, out: lengths.append(out.last_hidden_state.shape[:2]),
-        with_kwargs=True,
-    )
-    hidden_states_by_length(trunk, ids, mask, ends)
-    if side == "right":
-        assert lengths == [(2, 2), (2, 4), (1, 5)]
 
 
 def test_the_activation_is_one_operation_and_the_same_function(tmp_path):

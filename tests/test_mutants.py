@@ -43,8 +43,8 @@ def test_a_mistake_of_the_loop_is_caught(mutant, report):
     report(TABLE, f"{mutant.mistake:42} {mutant.caught_by}: caught")
 
 
-def test_every_check_has_mutants_and_the_readme_counts_them():
+def test_every_check_has_mutants_and_a_page_counts_them():
     assert {mutant.check for mutant in MATHEMATICS} == set(CORRECT)
-    readme = (ROOT / "README.md").read_text("utf8")
-    assert f"{len(MATHEMATICS)} wrong variants of the mathematics" in readme
-    assert f"{len(LOOP)} mistakes of the loop" in readme
+    page = (ROOT / "docs/how-we-know.md").read_text("utf8")
+    assert f"{len(MATHEMATICS)} wrong variants of the mathematics" in page
+    assert f"{len(LOOP)} mistakes of the loop" in page

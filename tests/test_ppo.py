@@ -1,5 +1,6 @@
 """Every function of utils/ppo.py against numbers worked by hand, and a definition."""
 
+import itertools
 import math
 
 import pytest
@@ -61,71 +62,31 @@ def test_token_logprobs_is_accurate_at_gpt2s_logits():
     )
 
 
-def linear_case(seed=0, n=7, d=4, words=9):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    weight = torch.randn(words, d, generator=generator, dtype=torch.float64)
-    labels = torch.randint(words, (n,), generator=generator)
-    labels[1] = labels[0]  # two gradients for the same row of the weight
-    return hidden.requires_grad_(), weight.requires_grad_(), labels
-
-
-def test_linear_logprobs_by_hand():
-    hidden, weight = t([1.0, 2.0]), t([1.0, 0.0], [0.0, 1.0], [0.0, 0.0])
-    by_hand = 2 - math.log(math.exp(1) + math.exp(2) + 1)
-    got = ppo.linear_logprobs(hidden, weight, torch.tensor([1]))
-    torch.testing.assert_close(got, t(by_hand), **EXACT)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_linear_logprobs_is_token_logprobs_of_the_logits(temperature):
-    """Values and both gradients, against automatic differentiation."""
-    hidden, weight, labels = linear_case()
-    upstream = torch.randn(len(labels), dtype=torch.float64)
-    found = []
-    for logprobs in (
-        ppo.linear_logprobs(hidden, weight, labels, temperature),
-        ppo.token_logprobs(hidden @ weight.t(), labels, temperature),
-    ):
-        gradients = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight))
-        found.append((logprobs, *gradients))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-def test_linear_logprobs_has_the_gradient_of_finite_differences():
-    hidden, weight, labels = linear_case()
-    assert torch.autograd.gradcheck(
-        lambda h, w: ppo.linear_logprobs(h, w, labels), (hidden, weight)
-    )
-
-
-def test_linear_logprobs_near_gpt2s_logits_and_from_half_precision():
-    """An offset of -100 costs a few times the rounding of float32 there, 8e-6."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_worked_on_in_float32(dtype):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(6, 4, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(50, 4, generator=generator)
-    labels = torch.randint(50, (6,), generator=generator)
-    exact = ppo.token_logprobs(hidden.double() @ weight.double().t(), labels)
-    ones = torch.cat([hidden, torch.full((6, 1), -100.0)], dim=1)
-    shifted = torch.cat([weight, torch.ones(50, 1)], dim=1)
-    got = ppo.linear_logprobs(ones, shifted, labels)
+    logits = (torch.randn(4, 6, 50, generator=generator) * 3 - 100).to(dtype)
+    labels = torch.randint(50, (4, 6), generator=generator)
+    got = ppo.token_logprobs(logits, labels, temperature=1.5)
+    exact = ppo.token_logprobs(logits.double(), labels, temperature=1.5)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), exact, atol=3e-5, rtol=0)
-    got.sum().backward()
-    assert hidden.grad.dtype == torch.bfloat16 and hidden.grad.abs().sum() > 0
-    half = ppo.linear_logprobs(hidden, weight.bfloat16(), labels)
-    assert half.dtype == torch.float32
+    mask = torch.ones(4, 6)
+    got, exact = ppo.entropy(logits, mask), ppo.entropy(logits.double(), mask)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, atol=3e-5, rtol=0)
 
 
-def test_linear_logprobs_keeps_one_tensor_of_the_size_of_the_logits():
-    hidden, weight, labels = linear_case(n=30, d=2, words=1000)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.append(x.numel()) or x, lambda x: x
-    ):
-        ppo.linear_logprobs(hidden, weight, labels)
-    assert sum(size >= 30 * 1000 for size in sizes) == 1
+def test_the_only_word_of_a_vocabulary_is_certain():
+    logits, labels = t([[5.0]]), torch.tensor([[0]])
+    assert ppo.token_logprobs(logits, labels).eq(0).all()
+    assert ppo.entropy(logits, torch.ones(1, 1)) == 0
+
+
+def test_an_empty_mask_leaves_nothing_and_no_nan():
+    x, mask = t([1.0, 2.0], [3.0, 4.0]), torch.zeros(2, 2)
+    for function in (ppo.masked_mean, ppo.masked_var, ppo.masked_whiten):
+        assert function(x, mask).eq(0).all()
 
 
 def test_masked_statistics_by_hand():
@@ -136,6 +97,15 @@ def test_masked_statistics_by_hand():
     sd = math.sqrt(14 / 3)
     expected = t([-2 / sd, -1 / sd, 0.0], [3 / sd, 0.0, 0.0])
     torch.testing.assert_close(white, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-10, 1e-6, 1e-4, 1.0])
+def test_whitening_divides_by_the_root_of_the_variance_and_1e_8(scale):
+    """Equal numbers become 0, and hardly different ones stay small."""
+    white = ppo.masked_whiten(t([3.0 + scale, 3.0 - scale, 99.0]), t([1, 1, 0]))
+    height = scale / math.sqrt(scale**2 + 1e-8)  # the variance is scale squared
+    expected = t([height, -height, 0.0])
+    torch.testing.assert_close(white, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
@@ -239,6 +209,27 @@ def test_gae_at_lambda_0_and_1(seed):
         torch.testing.assert_close(monte_carlo[b, t], total - values[b, t], **EXACT)
 
 
+def test_a_rollout_of_one_token():
+    logprobs, ref, mask = t([-1.0], [-2.0]), t([-3.0], [-2.0]), t([1], [1])
+    rewards = ppo.token_rewards(t(5.0, 6.0), logprobs, ref, mask, kl_coef=0.1)
+    torch.testing.assert_close(rewards, t([5 - 0.1 * 2], [6.0]), **EXACT)
+    advantages, returns = ppo.compute_gae(rewards, t([1.0], [2.0]), mask)
+    torch.testing.assert_close(advantages, t([3.8], [4.0]), **EXACT)
+    torch.testing.assert_close(returns, rewards, **EXACT)
+
+
+def test_what_is_learned_from_carries_no_gradient():
+    """Rewards, advantages, returns and statistics are numbers to the losses."""
+    draw, mask = random_case(0)
+    a, b, c = (draw().requires_grad_() for _ in range(3))
+    found = [ppo.token_rewards(a[:, 0], a, b, mask, 0.1), *ppo.compute_gae(a, b, mask)]
+    for function in (ppo.policy_loss, ppo.value_loss):
+        loss, stats = function(a, b, c, mask)
+        assert loss.requires_grad
+        found += stats.values()
+    assert not any(x.requires_grad for x in found)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_policy_loss_token_by_token(seed):
     draw, mask = random_case(seed)
@@ -322,6 +313,23 @@ def test_value_loss_token_by_token(seed):
     assert 0 < fraction < 1
 
 
+def test_what_holds_if_nothing_else_is_named():
+    """gamma 1, lambda 0.95, a clip range of 0.2, temperature 1, k1: by hand."""
+    mask = t([1, 1])
+    # delta_1 = 1 - 0.5, and delta_0 = 1 * 0.5 - 0
+    advantages, returns = ppo.compute_gae(t([0.0, 1.0]), t([0.0, 0.5]), mask)
+    torch.testing.assert_close(advantages, t([0.5 + 0.95 * 0.5, 0.5]), **EXACT)
+    torch.testing.assert_close(returns, t([0.975, 1.0]), **EXACT)
+    moved = t([math.log(1.5), math.log(0.5)])
+    loss, _ = ppo.policy_loss(moved, t([0.0, 0.0]), t([1.0, -3.0]), mask)
+    assert loss.item() == pytest.approx((-1.2 + 3 * 0.8) / 2, abs=1e-12)
+    loss, _ = ppo.value_loss(t([1.0, -1.0]), t([0.0, 0.0]), t([1.0, -3.0]), mask)
+    assert loss.item() == pytest.approx(0.5 * (0.8**2 + 2.8**2) / 2, abs=1e-12)
+    logits, label = t([0.0, math.log(3.0)]), torch.tensor([1])
+    assert ppo.token_logprobs(logits, label).exp().item() == pytest.approx(0.75)
+    assert ppo.kl_estimate(t([-2.0]), t([-0.5])).item() == -1.5
+
+
 def test_entropy_by_hand():
     logits = torch.zeros(1, 3, 4, dtype=torch.float64)
     logits[0, 1] = torch.tensor([0.0, float("-inf"), float("-inf"), 0.0])
@@ -339,9 +347,26 @@ def test_explained_variance_by_hand():
     assert got == pytest.approx(1 - (2 / 9) / (2 / 3), abs=1e-12)
 
 
-def test_explained_variance_of_constant_returns_is_zero():
-    returns = torch.full((3, 7), 0.1)
-    assert ppo.explained_variance(torch.randn(3, 7), returns, torch.ones(3, 7)) == 0
+@pytest.mark.parametrize("constant", [0.0, 0.1, 12345.678])
+def test_explained_variance_of_constant_returns_is_zero(constant):
+    returns, values = torch.full((3, 7), constant), torch.randn(3, 7)
+    share = ppo.explained_variance(values.requires_grad_(), returns, torch.ones(3, 7))
+    assert share == 0
+    share.backward()
+    assert values.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-5, 1.0, 1e5, 1e12])
+def test_explained_variance_has_no_unit(scale):
+    returns, values = t([1.0, 2.0, 3.0]), t([0.0, 2.0, 2.0])
+    got = ppo.explained_variance(values * scale, returns * scale, t([1, 1, 1]))
+    assert got.item() == pytest.approx(1 - (2 / 9) / (2 / 3), abs=1e-12)
+
+
+def test_returns_vary_from_a_hundred_thousandth_of_their_size_on():
+    for spread, expected in ((1.2e-5, 1.0), (0.8e-5, 0.0)):
+        returns = t([7 * (1 + spread), 7 * (1 - spread), 1e6])
+        assert ppo.explained_variance(returns, returns, t([1, 1, 0])) == expected
 
 
 def test_adaptive_kl_by_hand():
@@ -428,17 +453,23 @@ def test_the_order_of_the_responses_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_shapes_that_disagree_are_named(name):
+@pytest.mark.parametrize("shape", [(2, 4), (2, 1)])
+def test_shapes_that_disagree_are_named(name, shape):
+    """Whichever tensor it is, and also where torch would stretch it to fit."""
     function, count = FUNCTIONS[name]
-    tensors = [torch.zeros(2, 3).double() for _ in range(count)]
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        function(*tensors, torch.ones(2, 4))
+    for odd in range(count + 1):
+        shapes = [shape if i == odd else (2, 3) for i in range(count + 1)]
+        with pytest.raises(ValueError) as error:
+            function(*(torch.ones(s).double() for s in shapes))
+        assert " (2, 3)" in str(error.value) and f" {shape}" in str(error.value)
 
 
 def test_other_bad_arguments_are_named():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"'k4'.*\(2, 3\)"):
         ppo.kl_estimate(x, x, kind="k4")
+    with pytest.raises(ValueError, match=r"logprobs \(2, 3\).*logprobs \(2, 1\)"):
+        ppo.kl_estimate(x, x[:, :1])
     with pytest.raises(ValueError, match=r"scores \(3,\).*\(2,\)"):
         ppo.token_rewards(torch.zeros(3), x, x, x, 0.1)
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
@@ -447,8 +478,10 @@ def test_other_bad_arguments_are_named():
         ppo.token_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), 0)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
         ppo.entropy(torch.zeros(2, 3, 5), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="target.*-1"):
-        ppo.AdaptiveKL(0.1, -1, 100)
+    good = {"kl_coef": 0.1, "target": 6.0, "horizon": 100}
+    for name, bad in itertools.product(good, (0, -1, float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got {bad}"):
+            ppo.AdaptiveKL(**{**good, name: bad})
 
 
 def test_entropy_has_a_gradient_where_a_probability_underflows():
@@ -459,6 +492,20 @@ def test_entropy_has_a_gradient_where_a_probability_underflows():
     expected = -p * (p.log() + H)
     torch.testing.assert_close(logits.grad[0, 0, [0, 2]], expected)
     assert logits.grad[0, 0, 1] == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_entropy_outside_the_mask_has_no_gradient(value):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    mask, results = t([1, 1, 0], [1, 0, 0]), []
+    for x in (logits, logits.masked_fill(mask[..., None] == 0, value)):
+        H = ppo.entropy(x.requires_grad_(), mask)
+        H.backward()
+        results.append((H, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[1][1][mask == 0].eq(0).all()
 
 
 def test_the_largest_ratio_is_that_of_a_real_token():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.test_loop import SETTINGS, collect
+from tests.test_loop import SETTINGS, collect, guarded
 from tests.test_rollout import EOS, small_lm
 from utils import rollout as rollout_module
 from utils.models import PolicyWithValueHead, RewardModel, freeze
@@ -24,7 +24,7 @@ START = ("policy", "reference", "reward_model", "optimizer", "rollout", "tokeniz
 
 @functools.cache
 def loop():
-    return import_cells("3-RLHF.ipynb", "collect-rollout")
+    return import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
 
 
 def healthy():
@@ -35,7 +35,7 @@ def healthy():
         policy=policy,
         reference=reference,
         reward_model=freeze(RewardModel(small_lm(seed=2).base_model).float()),
-        optimizer=torch.optim.AdamW(policy.parameters()),
+        optimizer=guarded(policy),
         rollout=collect(loop(), policy, reference),
         tokenizer=SimpleNamespace(eos_token_id=EOS),
         settings=SETTINGS,
@@ -62,11 +62,11 @@ def shared_trunk(start):
 
 
 def stale_optimizer(start):
-    start.optimizer = torch.optim.AdamW(copy.deepcopy(start.policy).parameters())
+    start.optimizer = guarded(copy.deepcopy(start.policy))
 
 
 def lacks_value_head(start):
-    start.optimizer = torch.optim.AdamW(start.policy.lm.parameters())
+    start.optimizer = guarded(start.policy.lm)
 
 
 def policy_in_training_mode(start):
@@ -149,7 +149,6 @@ def without_position_ids(monkeypatch):
     def absolute(attention_mask):
         return torch.arange(attention_mask.shape[1]).expand_as(attention_mask)
 
-    monkeypatch.setattr("utils.models.position_ids", absolute)
     monkeypatch.setattr(rollout_module, "position_ids", absolute)
 
 

@@ -9,12 +9,13 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.conftest import ROOT
 from utils.support import run
+from utils.support.notebook import NOTEBOOKS
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--only", "4"], "--only takes 1, 2 and 3"),
+        (["--only", "1,5x"], "there is no notebook 5x; --only takes all, or num"),
         (["--set", "ppo_epoch=1"], "the nearest is 'ppo_epochs'"),
         (["--set", "ppo_epochs"], "FIELD=VALUE"),
         (["--set", "ppo_episodes=100"], "must be a multiple of ppo_rollout_size"),
@@ -32,6 +33,9 @@ def test_set_reaches_the_kernel_and_only_is_in_order(monkeypatch):
     monkeypatch.setenv("RLHF_SEED", "7")
     options = run.parse(["--only", "3,1", "--set", "ppo_epochs=2"])
     assert options.notebooks == ["1-SFT.ipynb", "3-RLHF.ipynb"]
+    assert run.parse([]).notebooks == [NOTEBOOKS[number] for number in "123"]
+    assert run.parse(["--only", "all"]).notebooks == list(NOTEBOOKS.values())
+    assert run.parse(["--only", "6,4"]).notebooks[0] == "more/4-Estimators.ipynb"
     assert options.env["RLHF_PPO_EPOCHS"] == "2"
     assert options.env["RLHF_PRESET"] == "tiny"
     assert (options.settings.ppo_epochs, options.settings.seed) == (2, 7)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.support.artefacts import STAGES
-from utils.support.notebook import NOTEBOOKS
+from utils.support.notebook import NOTEBOOKS, SERIES
 
 pytestmark = pytest.mark.faults
-FOLDERS = ("utils", "tests", "benchmarks", "exercises")
+FOLDERS = ("utils", "tests", "tools", "benchmarks", "exercises", "more")
 
 
 def sources():
@@ -23,8 +23,8 @@ def sources():
             yield str(path.relative_to(ROOT)), path.read_text("utf8")
         for path in sorted((ROOT / folder).rglob("*.ipynb")):
             yield from cells_of(path)
-    for name in NOTEBOOKS:
-        yield from cells_of(ROOT / name)
+    for name in SERIES:
+        yield from cells_of(ROOT / NOTEBOOKS[name])
 
 
 def cells_of(path):
@@ -102,13 +102,11 @@ def test_the_order_of_cells_does_not_matter():
     Else the second would change what the first has made, and whoever runs the first
     once more, or jumps back, would go on with another model, mask or generator.
     """
-    # The loop goes on from what its start has set, and is made to be run again
-    state = {"seconds", "kl_coef"}
-    for name in NOTEBOOKS:
+    for name in NOTEBOOKS.values():
         cells = dict(cells_of(ROOT / name))
         sets = {cell: names_set(source) for cell, source in cells.items()}
         reads = {cell: names_read(source) for cell, source in cells.items()}
-        taken = set().union(*(reads[cell] - sets[cell] for cell in cells)) - state
+        taken = set().union(*(reads[cell] - sets[cell] for cell in cells))
         twice = {
             name: setters
             for name in taken
@@ -134,8 +132,7 @@ def names_read(source):
 
 
 def test_each_notebook_names_its_own_artefact():
-    for name, artefact in zip(NOTEBOOKS, STAGES, strict=True):
-        (settings,) = (
-            s for cell, s in cells_of(ROOT / name) if cell.endswith("#settings")
-        )
+    for name, artefact in zip(SERIES, STAGES, strict=True):
+        cells = cells_of(ROOT / NOTEBOOKS[name])
+        (settings,) = (s for cell, s in cells if cell.endswith("#settings"))
         assert f'prepare(settings, "{artefact}")' in settings

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import run_series
 from utils.data import clean, load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze, load_causal_lm
+from utils.practice import tiny_world
 from utils.settings import TINY
-from utils.support import toy
 from utils.support.notebook import NOTEBOOKS
 
 
@@ -40,9 +41,9 @@ def test_the_sft_model_is_close_to_the_grammars_entropy(series, world):
         ids = torch.tensor([row])
         total += lm(ids, labels=ids).loss.item() * (len(row) - 1)
     rng = random.Random(0)
-    firsts = Counter(toy.write_review(rng)[0].split()[0] for _ in range(20_000))
+    firsts = Counter(tiny_world.write_review(rng)[0].split()[0] for _ in range(20_000))
     first = -sum(n / 20_000 * math.log(n / 20_000) for n in firsts.values())
-    least = toy.ENTROPY - first
+    least = tiny_world.ENTROPY - first
     assert total / len(held_out) == pytest.approx(least, rel=0.15)
 
 
@@ -105,7 +106,7 @@ def test_the_frontier_is_paid_in_kl(series, metrics):
     assert list(frontier) == [
         "PPO, short, for each β",
         "best-of-n, for each n",
-        "PPO, the run above",
+        "PPO, the run of notebook 3",
     ]
     ppo, best, (above,) = frontier.values()
     assert above["kl"] == metrics["policy"]["after"]["kl"]
@@ -152,7 +153,7 @@ def test_the_policy_loads_with_plain_transformers_and_writes_praise(series, worl
         pad_token_id=tokenizer.eos_token_id,
     )
     verdicts = [
-        toy.judge(clean(text))
+        tiny_world.judge(clean(text))
         for text in tokenizer.batch_decode(texts, skip_special_tokens=True)
     ]
     assert sum(v.grammatical and v.positive for v in verdicts) >= 75
@@ -162,8 +163,8 @@ def test_the_executed_copies_and_the_table(series):
     folder, table = series
     assert "expected (mean ± 4 sd)" in table
     assert table.count("outside") <= 1, table  # of 13 figures; two are no accident
-    for name in NOTEBOOKS:
-        notebook = nbformat.read(folder / name, as_version=4)
+    for name in NOTEBOOKS.values():
+        notebook = nbformat.read(folder / Path(name).name, as_version=4)
         assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
     for line in (
         "SFT: validation perplexity",
@@ -182,7 +183,7 @@ def test_the_same_seed_gives_the_same_numbers(series, tmp_path):
         (runs / "tiny").mkdir(parents=True)
         for name in ("sft", "reward_model"):
             (runs / "tiny" / name).symlink_to(folder / name)
-        short = ("ppo_episodes=512", "frontier_rollouts=0", "normalise_samples=64")
+        short = ("ppo_episodes=512", "normalise_samples=64")
         changes = [x for change in short for x in ("--set", change)]
         done = run_series("--only", "3", *changes, RLHF_RUNS_DIR=str(runs))
         assert done.returncode == 0, done.stderr[-3000:]

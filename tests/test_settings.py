@@ -1,10 +1,8 @@
 import dataclasses
 
 import pytest
-import torch
 
-from utils import settings
-from utils.settings import FULL, TINY, Settings, load_settings
+from utils.settings import ALL, FULL, TINY, Settings, load_settings
 
 
 def test_the_presets():
@@ -74,21 +72,17 @@ def test_an_unknown_preset_names_the_nearest():
         load_settings("tyni", {})
 
 
-def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="RLHF_PRESET=tiny"):
-        assert settings.get_device(FULL).type == "cpu"
-
-
-@pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
-)
-def test_precision_follows_the_gpu(monkeypatch, capability, dtype):
-    """A T4 (7.5) emulates bfloat16 and says that it supports it; it gets float16."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    device = torch.device("cuda")
-    assert settings.trunk_dtype(FULL, device) == dtype
-    assert settings.trunk_dtype(FULL, torch.device("cpu")) == torch.float32
-    forced = dataclasses.replace(FULL, precision="float32")
-    assert settings.trunk_dtype(forced, device) == torch.float32
+def test_what_a_setting_changes_is_said_once_for_each():
+    """What artefacts, runs and expected figures depend on, in one place."""
+    kinds = {name: set(TINY.that_change(name)) for name in ALL}
+    common = {"preset", "model_name", "dataset_name", "seed", "max_tokens"}
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    sft = {name for name in fields if name.startswith("sft_")}
+    rm = {name for name in fields if name.startswith("rm_")}
+    free = {"runs_dir", "ppo_micro_batch_size", "frontier_rollouts", "best_of_n"}
+    free |= {"checkpoint_every"}
+    assert kinds["sft"] == common | sft
+    assert kinds["reward_model"] == common | rm
+    assert kinds["policy"] == fields - sft - rm - free
+    assert kinds["figures"] == fields - free - {"seed", "time_machine_prompts"}
+    assert TINY.that_change("sft")["sft_lr"] == TINY.sft_lr

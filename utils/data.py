@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from utils.support.inputs import check_reviews, check_tokenizer, loading
+from utils.inputs import check_reviews, check_tokenizer, loading
 
 
 def load_tokenizer(name: str):

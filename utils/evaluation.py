@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils.data import pad, tokenize
-from utils.rollout import (
-    has_ended,
-    response_hidden_states,
-    response_logprobs,
-    sample_responses,
-    squash,
-)
-from utils.settings import autocast
+from utils.data import tokenize
+from utils.rollout import Rollout, has_ended, squash
 
 # The figures of notebook 3 by name: what each is, and how it is printed.
 FIGURES = {
@@ -74,70 +67,37 @@ def distinct_n(rows: list[list[int]], n: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-@torch.no_grad()
-def evaluate_policy(
-    lm,
-    reference,
-    reward_model,
-    tokenizer,
-    prompts,
-    settings,
-    device,
-    judges: dict,
-    show_progress: bool = True,
+def measure_rollouts(
+    rollouts: list[Rollout], tokenizer, judges: dict
 ) -> tuple[dict, list[dict]]:
-    """One response to each prompt, measured.
+    """The figures of some rollouts, and a row for each response.
 
     `judges` maps the name of a figure to a function from texts to bools. Returns the
-    figures named in FIGURES, and for each prompt a row with `prompt`, `response`,
+    figures named in FIGURES, and for each response a row with `prompt`, `response`,
     `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended` (with EOS),
-    `kl` (summed k1, nats) and `text`.
+    `kl` (summed k1, nats), `score` (normalised) and `text`.
     """
-    eos = tokenizer.eos_token_id
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    rows, responses, ended, ref_logprob = [], [], [], 0.0
-    size = settings.ppo_minibatch_size
-    starts = range(0, len(prompts), size)
-    for start in tqdm(starts, desc="Evaluate", disable=not show_progress):
-        prompt_ids, prompt_mask = pad(prompts[start : start + size], eos, side="left")
-        with autocast(settings, device):
-            sampled = sample_responses(
-                lm,
-                prompt_ids.to(device),
-                prompt_mask.to(device),
-                eos,
-                settings.max_new_tokens,
-                settings.temperature,
-                generator,
-            )
-            raw = reward_model(*sampled[:2])
-            hidden, ref_hidden = (
-                response_hidden_states(model, *sampled) for model in (lm, reference)
-            )
-        rewards = squash(raw)
-        ids, _, mask = sampled
-        logprobs = response_logprobs(lm, hidden, ids, mask, settings.temperature)
-        ref = response_logprobs(reference, ref_hidden, ids, mask, settings.temperature)
-        ref_logprob += ref.sum().item()
-        ended += has_ended(ids, mask, eos).tolist()
-        kls = (logprobs - ref).sum(dim=1).tolist()
-        tails = ids[:, -mask.shape[1] :]
-        for i, prompt in enumerate(prompts[start : start + size]):
-            response = tails[i][mask[i].bool()].tolist()
+    rows, responses, ref_logprob = [], [], 0.0
+    for rollout in rollouts:
+        columns = {
+            "raw": rollout.raw_scores,
+            "reward": squash(rollout.raw_scores),
+            "score": rollout.scores,
+            "ended": has_ended(rollout.input_ids, rollout.mask, tokenizer.eos_token_id),
+            "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
+        }
+        columns = {name: column.tolist() for name, column in columns.items()}
+        ref_logprob += rollout.ref_logprobs.sum().item()
+        for i, n in enumerate(rollout.cpu_mask.sum(dim=1).tolist()):
+            text = rollout.input_ids[i][rollout.attention_mask[i].bool()].tolist()
+            prompt, response = text[:-n], text[-n:]
             responses.append(response)
-            rows.append(
-                {
-                    "prompt": tokenizer.decode(prompt),
-                    "response": tokenizer.decode(response, skip_special_tokens=True),
-                    "text": tokenizer.decode(
-                        prompt + response, skip_special_tokens=True
-                    ),
-                    "raw": raw[i].item(),
-                    "reward": rewards[i].item(),
-                    "ended": ended[start + i],
-                    "kl": kls[i],
-                }
-            )
+            texts = {
+                "prompt": tokenizer.decode(prompt),
+                "response": tokenizer.decode(response, skip_special_tokens=True),
+                "text": tokenizer.decode(text, skip_special_tokens=True),
+            }
+            rows.append({**texts, **{name: x[i] for name, x in columns.items()}})
     n_tokens = sum(map(len, responses))
     texts = [row["text"] for row in rows]
     figures = {
@@ -147,30 +107,30 @@ def evaluate_policy(
         "perplexity": math.exp(-ref_logprob / n_tokens),
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),
-        "eos_rate": sum(ended) / len(ended),
+        "eos_rate": sum(row["ended"] for row in rows) / len(rows),
         "length": n_tokens / len(rows),
     }
     return figures, rows
 
 
 def figures_table(
-    before: dict, after: dict, bands: dict | None = None, figures: dict = FIGURES
+    before: dict, after: dict, expected: dict | None = None, figures: dict = FIGURES
 ) -> str:
     """The figures that were measured as lines of text: name, before, after.
 
-    `bands` holds the mean and standard deviation of figures over several seeds; it
+    `expected` holds the mean and standard deviation of figures over several seeds; it
     adds a column with mean ± 4 sd (half a point at least, for a share), and marks what
     lies outside.
     """
-    head = "expected (mean ± 4 sd)" if bands else ""
+    head = "expected (mean ± 4 sd)" if expected else ""
     lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
     for name, (description, spec) in figures.items():
         if name not in after:
             continue
         old = format(before[name], spec) if name in before else ""
         line = f"{description:42}{old:>10}{format(after[name], spec):>10}"
-        if bands and name in bands:
-            mean, sd = bands[name]
+        if expected and name in expected:
+            mean, sd = expected[name]
             # One text more or less, of a few hundred, is no news
             width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)
             line += f"   {mean:{spec}} ± {width:{spec}}"

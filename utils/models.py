@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from utils.support.inputs import check_causal, loading
-
-GROUP = 32  # texts that run through the trunk together, where lengths differ much
+from utils.inputs import check_causal, loading
 
 
 def load_config(name: str):
@@ -68,34 +66,6 @@ def hidden_states(
         position_ids=position_ids(attention_mask),
         use_cache=False,
     ).last_hidden_state
-
-
-def hidden_states_by_length(
-    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, ends: Tensor
-) -> Tensor:
-    """Hidden states (B, L, d) of texts whose lengths differ, with little padding.
-
-    Texts of like length run together, GROUP at a time, up to the end of the longest;
-    what lies behind it is 0. `ends` (B,) says where each text ends, best in the CPU's
-    memory, so that a GPU need not be waited for.
-    """
-    length, device = input_ids.shape[1], input_ids.device
-    # For all groups at once: each backward pass of a lookup fills a (V, d) gradient
-    embedded = trunk.get_input_embeddings()(input_ids)
-    order, states = ends.argsort(), []
-    for group in order.split(GROUP):
-        end = int(ends[group[-1]])
-        group = group.to(device, non_blocking=True)
-        mask = attention_mask[group, :end]
-        output = trunk(
-            inputs_embeds=embedded[group, :end],
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-        )
-        states.append(F.pad(output.last_hidden_state, (0, 0, 0, length - end)))
-    back = order.argsort().to(device, non_blocking=True)
-    return torch.cat(states)[back]
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 
-def _check_shapes(**tensors):
+def check_shapes(**tensors: Tensor):
+    """Raise ValueError, with all shapes, unless these tensors have the same shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -30,7 +31,8 @@ def _inside(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -42,68 +44,19 @@ def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> 
     (bfloat16) apart, more than PPO's clip range. Raises ValueError if the shapes
     disagree or the temperature is not positive.
     """
-    _check_shapes(**{"logits without V": logits[..., 0], "labels": labels})
+    check_shapes(**{"logits without V": logits[..., 0], "labels": labels})
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     if temperature != 1:  # a division by 1 would copy (B, T, V) numbers
         logits = logits / temperature
     logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        logits = torch.mm(weight, hidden.t())  # (V, N): faster than (N, V) on a CPU
-        chosen = logits.gather(0, labels.unsqueeze(0)).squeeze(0)
-        highest = logits.amax(dim=0)
-        exps = logits.sub_(highest).exp_()  # in place: the only (V, N) tensor
-        total = exps.sum(dim=0)
-        ctx.save_for_backward(hidden, weight, labels, exps, total)
-        return chosen - highest - total.log()
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, labels, exps, total = ctx.saved_tensors
-        grad, scale = grad.unsqueeze(1), (-grad / total).unsqueeze(1)
-        # p = exps / total, and the division is made where it is small: (N, d)
-        grad_hidden = grad * weight[labels] + scale * torch.mm(exps.t(), weight)
-        grad_weight = torch.mm(exps, scale * hidden)
-        grad_weight.index_add_(0, labels, grad * hidden)
-        return grad_hidden, grad_weight, None
-
-
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """Log-probability of each label under softmax(hidden @ weight.T / temperature).
-
-    hidden (N, d), weight (V, d), labels (N,) -> (N,), in nats, and the same numbers
-    and gradients as `token_logprobs` of these logits. With z = W h and p = softmax(z),
-
-    d log p_label / d h = W_label - p W,  d log p_label / d W_v = (1[v = label] - p_v) h
-
-    so all that the backward pass needs is exp(z - max z), which the forward pass
-    leaves behind in the place of z. Automatic differentiation would keep log p, fill a
-    (N, V) tensor with zeros for the gradient of `gather`, and a third for that of
-    log p; with 50,257 words that takes as long as the arithmetic. The idea, without
-    even the one tensor: Wijmans et al. 2024 (arXiv 2411.09009). Raises ValueError if
-    the shapes disagree or the temperature is not positive.
-    """
-    _check_shapes(**{"hidden without d": hidden[:, 0], "labels": labels})
-    _check_shapes(**{"a row of hidden": hidden[:1], "a row of weight": weight[:1]})
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight = _at_least_float32(weight)
-        hidden = hidden.to(weight.dtype) / temperature
-        return _LinearLogprobs.apply(hidden, weight, labels)
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) over the tokens where the mask is 1 -> scalar."""
-    _check_shapes(x=x, mask=mask)
+    check_shapes(x=x, mask=mask)
     return _inside(x, mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -131,7 +84,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     k3 = exp(-l) - 1 + l (unbiased, never negative). Schulman 2020. Raises
     ValueError if the shapes disagree or the kind is not k1, k2 or k3.
     """
-    _check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     log_ratio = logprobs - ref_logprobs
     if kind == "k1":
         return log_ratio
@@ -156,8 +109,8 @@ def token_rewards(
     equation 2, spread over the tokens as in their code. Raises ValueError if the
     shapes disagree.
     """
-    _check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
-    _check_shapes(**{"scores": scores, "mask without T": mask[:, 0]})
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    check_shapes(**{"scores": scores, "mask without T": mask[:, 0]})
     mask = mask.bool()
     followed = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
     is_last = mask & ~followed
@@ -180,7 +133,7 @@ def compute_gae(
     value head numbers in the wrong units. arXiv 1506.02438, equations 11 to 16.
     Raises ValueError if the shapes disagree.
     """
-    _check_shapes(rewards=rewards, values=values, mask=mask)
+    check_shapes(rewards=rewards, values=values, mask=mask)
     rewards, values, mask = _inside(rewards, mask), _inside(values, mask), mask.bool()
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
@@ -209,7 +162,7 @@ def policy_loss(
     branch is the larger loss), `ratio_mean`, `ratio_max`. arXiv 1707.06347,
     equation 7 with the sign turned. Raises ValueError if the shapes disagree.
     """
-    _check_shapes(
+    check_shapes(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
     )
     logprobs, old_logprobs = _inside(logprobs, mask), _inside(old_logprobs, mask)
@@ -244,7 +197,7 @@ def value_loss(
     tokens where the clipped error is the larger). `lm-human-preferences`,
     train_policy.py. Raises ValueError if the shapes disagree.
     """
-    _check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     values, old_values = _inside(values, mask), _inside(old_values, mask)
     returns = _inside(returns, mask)
     # Clamped directly: V_old + (V - V_old) would differ from V by rounding
@@ -262,8 +215,8 @@ def entropy(logits: Tensor, mask: Tensor) -> Tensor:
     logits (B, T, V), mask (B, T) -> scalar: 0 for a certain choice, log V for a
     uniform one. Raises ValueError if the shapes disagree.
     """
-    _check_shapes(**{"logits without V": logits[..., 0], "mask": mask})
-    logits = _at_least_float32(_inside(logits, mask.unsqueeze(-1)))
+    check_shapes(**{"logits without V": logits[..., 0], "mask": mask})
+    logits = at_least_float32(_inside(logits, mask.unsqueeze(-1)))
     logprobs = torch.log_softmax(logits, dim=-1)
     probs = logprobs.exp()
     # Where p is 0, p log p is 0 too, and so is its gradient
@@ -276,7 +229,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     All (B, T) -> scalar: 1 is perfect, 0 no better than a constant, below 0 worse;
     0 where the returns do not vary. Raises ValueError if the shapes disagree.
     """
-    _check_shapes(values=values, returns=returns, mask=mask)
+    check_shapes(values=values, returns=returns, mask=mask)
     unexplained = masked_var(_inside(returns, mask) - _inside(values, mask), mask)
     total = masked_var(returns, mask)
     # Equal returns leave a variance of rounding errors, not of exactly 0.

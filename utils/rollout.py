@@ -1,7 +1,6 @@
 """Sampling from the policy, and measuring what was sampled."""
 
-import copy
-import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,40 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from utils.models import (
-    cache_argument,
-    hidden_states_by_length,
-    position_ids,
-    vocabulary_logits,
-    vocabulary_weight,
-)
-from utils.ppo import linear_logprobs
-
-
-def draw_tokens(
-    lm: nn.Module,
-    hidden: Tensor,
-    temperature: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token (N,) from the distribution that follows each hidden state (N, d).
-
-    The probabilities stand end to end on a line of length 1; where a random number
-    falls, there is the token. `torch.multinomial` draws a random number for each word
-    of the vocabulary instead, which takes a CPU longer than the projection. A hidden
-    state that is not a number draws the last word; `Rollout` then finds it.
-    """
-    tokens = []
-    for rows in hidden.split(64):  # few enough for their logits to stay in the cache
-        probs = torch.softmax(vocabulary_logits(lm, rows) / temperature, dim=-1)
-        ends = probs.cumsum(dim=-1, dtype=torch.float64)
-        places = torch.rand(
-            (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
-        )
-        found = torch.searchsorted(ends, places * ends[:, -1:], right=True)
-        # A NaN falls behind the last word, and such an index ends a GPU's process
-        tokens.append(found.clamp(max=ends.shape[1] - 1))
-    return torch.cat(tokens).squeeze(1)
+from utils.fast import draw_tokens, hidden_states_by_length, linear_logprobs
+from utils.models import cache_argument, position_ids, vocabulary_weight
 
 
 @torch.no_grad()
@@ -78,7 +45,7 @@ def sample_responses(
             **cached,
         )
         hidden = output.last_hidden_state[:, -1]
-        tokens = draw_tokens(lm, hidden, temperature, generator)
+        tokens = draw_tokens(hidden, vocabulary_weight(lm), temperature, generator)
         input_ids[rows, end], attention_mask[rows, end] = tokens, 1
         start, alive = end, (tokens != eos_id).nonzero().squeeze(1)
         if len(alive) == 0:
@@ -103,13 +70,14 @@ def response_hidden_states(
     before each token is chosen, are read one place earlier: at c - 1 ... c + T - 2.
     """
     start = input_ids.shape[1] - mask.shape[1]
-    ends = start + mask.sum(dim=1)
-    trunk = lm.base_model
-    hidden = hidden_states_by_length(trunk, input_ids, attention_mask, ends)
+    positions, ends = position_ids(attention_mask), start + mask.sum(dim=1)
+    hidden = hidden_states_by_length(
+        lm.base_model, input_ids, attention_mask, positions, ends
+    )
     return hidden[:, start - 1 : -1]
 
 
-def response_logprobs(
+def logprobs_from_hidden(
     lm: nn.Module,
     hidden: Tensor,
     input_ids: Tensor,
@@ -130,92 +98,16 @@ def response_logprobs(
     return out.index_copy(0, real, logprobs).view(mask.shape)
 
 
-@dataclass
-class Rollout:
-    """Responses of the old policy, and all that PPO needs to learn from them.
-
-    (B, P + T): input_ids, attention_mask. (B,): raw_scores (logits of the reward
-    model) and scores (the same normalised). (B, T): the rest. Raises ValueError if
-    the shapes disagree, if a response mask is not one run of 1s from the first slot,
-    or if a score or another number is not finite.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    mask: Tensor
-    raw_scores: Tensor
-    scores: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    old_values: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def __post_init__(self):
-        batch, width = self.mask.shape
-        for field in dataclasses.fields(self):
-            shape = tuple(getattr(self, field.name).shape)
-            if field.name in ("input_ids", "attention_mask"):
-                expected = (batch, *self.input_ids.shape[1:])
-            elif field.name in ("raw_scores", "scores"):
-                expected = (batch,)
-            else:
-                expected = (batch, width)
-            if shape != expected:
-                raise ValueError(f"{field.name} has shape {shape}, expected {expected}")
-        mask = self.mask.long()
-        broken = (mask[:, 0] != 1) | (mask.diff(dim=1) > 0).any(dim=1)
-        if broken.any():
-            raise ValueError(
-                "each row of a response mask must be a run of 1s and then 0s, got "
-                f"{mask[broken][0].tolist()}; take the mask from sample_responses"
-            )
-        self._check_finite(("scores", "old_logprobs", "ref_logprobs", "old_values"))
-        self.host_mask = self.mask.cpu()  # tells lengths without waiting for a GPU
-
-    def __len__(self):
-        return len(self.mask)
-
-    def _check_finite(self, names):
-        numbers = [getattr(self, name).flatten() for name in names]
-        if torch.cat(numbers).isfinite().all():  # one look, for which a GPU is waited
-            return
-        models = ("reward model", "policy", "reference", "value head of the policy")
-        for name, x, model in zip(names, numbers, models, strict=True):
-            if not x.isfinite().all():
-                bad = x[~x.isfinite()][0].item()
-                raise ValueError(
-                    f"one of the {name} is {bad}; check the {model} and its inputs, or "
-                    "set precision to float32"
-                )
-
-    def minibatches(
-        self, epochs: int, size: int, generator: torch.Generator
-    ) -> list[Tensor]:
-        """Indices of the minibatches of all epochs, in a new random order each epoch.
-
-        They are drawn at once and lie in the CPU's memory, so that no minibatch has to
-        wait for a GPU.
-        """
-        device = self.mask.device
-        orders = [
-            torch.randperm(len(self), generator=generator, device=device)
-            for _ in range(epochs)
-        ]
-        return [part for order in orders for part in order.cpu().split(size)]
-
-    def rows(self, index: Tensor) -> "Rollout":
-        """Some of the responses; their checks were made when the rollout was.
-
-        An `index` in the CPU's memory keeps a GPU from being waited for.
-        """
-        part = copy.copy(self)
-        part.host_mask = self.host_mask[index.cpu()]
-        index = index.to(self.mask.device, non_blocking=True)
-        for field in dataclasses.fields(self):
-            setattr(part, field.name, getattr(self, field.name)[index])
-        return part
+def response_logprobs(
+    lm: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities (B, T) of the response tokens under a language model."""
+    hidden = response_hidden_states(lm, input_ids, attention_mask, mask)
+    return logprobs_from_hidden(lm, hidden, input_ids, mask, temperature)
 
 
 def evaluate_responses(
@@ -228,13 +120,143 @@ def evaluate_responses(
     """Log-probabilities and values (B, T) of the response tokens under a policy.
 
     The one forward function of PPO: the old log-probabilities and the new ones both
-    come from it, so that their ratio is 1 until the first optimiser step. A mask in
-    the CPU's memory (`Rollout.host_mask`) keeps a GPU from being waited for.
+    come from it, so that their ratio is 1 until the first optimiser step.
     """
     hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
-    logprobs = response_logprobs(policy.lm, hidden, input_ids, mask, temperature)
+    logprobs = logprobs_from_hidden(policy.lm, hidden, input_ids, mask, temperature)
     outside = ~mask.bool().to(hidden.device, non_blocking=True)
     return logprobs, policy.value_head(hidden).masked_fill(outside, 0)
+
+
+def in_pieces(function: Callable, size: int, *tensors: Tensor):
+    """What `function(*tensors)` gives, worked out for `size` rows at a time.
+
+    The function returns a tensor, or a tuple of tensors, with a row for each row it
+    was given.
+    """
+    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    found = [function(*piece) for piece in pieces]
+    if isinstance(found[0], tuple):
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+    return torch.cat(found)
+
+
+@dataclass
+class Batch:
+    """Some responses, and what PPO knows of them.
+
+    (B, P + T): input_ids, attention_mask. (B,): raw_scores (logits of the reward
+    model) and scores (the same normalised). (B, T): the rest, of which rewards,
+    advantages and returns come after the others. `cpu_mask` is the mask again, in the
+    CPU's memory: it tells how long responses are without a wait for a GPU.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    raw_scores: Tensor
+    scores: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    cpu_mask: Tensor | None = None
+
+    def __len__(self):
+        return len(self.mask)
+
+    @property
+    def texts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a model reads of it: ids, attention mask, response mask."""
+        return self.input_ids, self.attention_mask, self.cpu_mask
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """How many response tokens there are, in the CPU's memory."""
+        return self.cpu_mask.sum()
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The responses of this index, best in the CPU's memory."""
+        there = index.to(self.mask.device, non_blocking=True)
+        parts = {name: x[there] for name, x in _tensors(self) if name != "cpu_mask"}
+        return Batch(**parts, cpu_mask=self.cpu_mask[index.cpu()])
+
+    def pieces(self, size: int) -> Iterator["Batch"]:
+        """The same responses, at most `size` at a time."""
+        for index in torch.arange(len(self)).split(size):
+            yield self if len(index) == len(self) else self.rows(index)
+
+
+def _tensors(batch):
+    return [(name, x) for name, x in vars(batch).items() if x is not None]
+
+
+@dataclass
+class Rollout(Batch):
+    """The responses of the old policy to some prompts: a batch that was looked at.
+
+    Raises ValueError if the shapes disagree, if a response mask is not one run of 1s
+    from the first slot, or if a score or another number is not finite.
+    """
+
+    def __post_init__(self):
+        batch, width = self.mask.shape
+        shapes = {"input_ids": (batch, *self.input_ids.shape[1:])}
+        shapes |= {"attention_mask": shapes["input_ids"]}
+        shapes |= {"raw_scores": (batch,), "scores": (batch,)}
+        for name, x in _tensors(self):
+            expected = shapes.get(name, (batch, width))
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, expected {expected}"
+                )
+        mask = self.mask.long()
+        broken = (mask[:, 0] != 1) | (mask.diff(dim=1) > 0).any(dim=1)
+        if broken.any():
+            raise ValueError(
+                "each row of a response mask must be a run of 1s and then 0s, got "
+                f"{mask[broken][0].tolist()}; take the mask from sample_responses"
+            )
+        self._check_finite()
+        self.cpu_mask = self.mask.cpu()
+
+    def _check_finite(self):
+        made_by = {
+            "scores": "reward model",
+            "old_logprobs": "policy",
+            "ref_logprobs": "reference",
+            "old_values": "value head of the policy",
+            "advantages": "function that makes the advantages",
+        }
+        found = {name: x for name, x in _tensors(self) if name in made_by}
+        # One question for all of them: each answer is a wait for a GPU
+        if torch.cat([x.flatten() for x in found.values()]).isfinite().all():
+            return
+        for name, x in found.items():
+            if not x.isfinite().all():
+                bad = x[~x.isfinite()][0].item()
+                raise ValueError(
+                    f"one of the {name} is {bad}; check the {made_by[name]} and its "
+                    "inputs, or set precision to float32"
+                )
+
+    def minibatches(
+        self, epochs: int, size: int, generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """The minibatches of all epochs, in a new random order each epoch.
+
+        The orders are drawn at the first one, and lie in the CPU's memory.
+        """
+        device = self.mask.device
+        orders = [
+            torch.randperm(len(self), generator=generator, device=device)
+            for _ in range(epochs)
+        ]
+        for order in orders:
+            for index in order.cpu().split(size):
+                yield self.rows(index)
 
 
 def has_ended(input_ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:

@@ -1,16 +1,29 @@
-"""Every number of the series in one place, and what the machine it runs on allows."""
+"""Every number of the series in one place."""
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import os
-import random
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+# What a setting changes: each artefact is taken up only with the same settings, a PPO
+# run goes on only with the same, and expected figures hold only for the same.
+ALL = ("sft", "reward_model", "policy", "figures")
+SFT = ("sft", "figures")
+REWARD_MODEL = ("reward_model", "figures")
+POLICY = ("policy", "figures")
+NOTHING = ()
+
+
+def setting(default, changes=POLICY, least=None, above=0, most=math.inf):
+    """A setting, what it changes, and the range in which a number must lie.
+
+    From `least` on if that is given, else greater than `above`; up to `most`.
+    """
+    low = {"above": above} if least is None else {"least": least}
+    metadata = {"changes": changes, "most": most, **low}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -21,83 +34,75 @@ class Settings:
     RLHF_PPO_EPISODES=2000. Raises ValueError for a value out of its range.
     """
 
-    preset: str = "full"
+    preset: str = setting("full", ALL)
     # What is trained on what: a name on the Hugging Face Hub, or a local folder
-    model_name: str = "gpt2"
-    dataset_name: str = "stanfordnlp/sst2"
-    runs_dir: str = "runs"  # artefacts go to <runs_dir>/<preset>/ [folder]
-    seed: int = 42
-    precision: str = "auto"  # of the trunk: auto, float32, bfloat16 or float16
-    max_tokens: int = 66  # a longer text is cut to this, EOS included [tokens]
+    model_name: str = setting("gpt2", ALL)
+    dataset_name: str = setting("stanfordnlp/sst2", ALL)
+    runs_dir: str = setting("runs", NOTHING)  # artefacts: <runs_dir>/<preset>/ [folder]
+    # The expected figures hold for any seed
+    seed: int = setting(42, ("sft", "reward_model", "policy"), least=0)
+    precision: str = setting("auto")  # of the trunk: auto, float32, bfloat16 or float16
+    max_tokens: int = setting(66, ALL, least=2)  # longer texts are cut [tokens]
 
     # 1. Supervised fine-tuning
-    sft_min_tokens: int = 8  # shorter phrases are dropped, EOS included [tokens]
-    sft_epochs: int = 1  # [passes over the training split]
-    sft_batch_size: int = 32  # [phrases]
-    sft_lr: float = 1e-4  # peak learning rate
-    sft_warmup: float = 0.05  # share of the steps in which it rises; then it falls to 0
+    sft_min_tokens: int = setting(8, SFT, least=2)  # of a phrase, EOS included [tokens]
+    sft_epochs: int = setting(1, SFT)  # [passes over the training split]
+    sft_batch_size: int = setting(32, SFT)  # [phrases]
+    sft_lr: float = setting(1e-4, SFT)  # peak learning rate
+    # Share of the steps in which it rises; then it falls to 0
+    sft_warmup: float = setting(0.05, SFT, least=0, most=1)
 
     # 2. Reward model
-    rm_epochs: int = 1  # [passes over the training split]
-    rm_batch_size: int = 32  # [phrases]
-    rm_lr: float = 5e-5  # peak learning rate, falling linearly to 0
+    rm_epochs: int = setting(1, REWARD_MODEL)  # [passes over the training split]
+    rm_batch_size: int = setting(32, REWARD_MODEL)  # [phrases]
+    rm_lr: float = setting(5e-5, REWARD_MODEL)  # peak, falling linearly to 0
 
     # 3. PPO: the prompts
-    prompt_min_words: int = 9  # prompts are cut from sentences this long [words]
-    prompt_min_tokens: int = 2  # [tokens]
-    prompt_max_tokens: int = 7  # [tokens]
-    max_new_tokens: int = 48  # of a response, EOS included [tokens]
-    temperature: float = 1.0  # of the sampling, and of every log-probability
+    prompt_min_words: int = setting(9)  # they are cut from sentences this long [words]
+    prompt_min_tokens: int = setting(2)  # [tokens]
+    prompt_max_tokens: int = setting(7)  # [tokens]
+    max_new_tokens: int = setting(48)  # of a response, EOS included [tokens]
+    temperature: float = setting(1.0)  # of the sampling, and of every log-probability
     # 3. PPO: the loop
-    ppo_episodes: int = 6_144  # [responses], in rollouts of
-    ppo_rollout_size: int = 128  # [responses], each used for
-    ppo_epochs: int = 4  # [passes over the rollout], in
-    ppo_minibatch_size: int = 64  # [responses for one optimiser step], in pieces of
-    ppo_micro_batch_size: int = 64  # [responses on the device at once]
-    ppo_lr: float = 6e-5  # peak learning rate, falling linearly to 0
-    value_head_lr: float = 1e-3  # the same for the value head, which starts from zeros
-    kl_coef: float = 0.2  # beta, the price of a nat of KL [normalised score per nat]
-    kl_target: float = 0.0  # an adaptive beta steers KL to this [nats]; 0: none
-    kl_horizon: int = 10_000  # how slowly it does so [responses]
-    gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95  # GAE: 0 trusts the value head, 1 the sampled return
-    clip_range: float = 0.2  # of the probability ratio
-    value_clip_range: float = 1.0  # of the value [normalised score]
-    value_coef: float = 0.1  # weight of the value loss
-    max_grad_norm: float = 1.0
-    max_approx_kl: float = 0.2  # ends an update early [nats per token]; 0: no bound
-    missing_eos_score: float = -1.0  # of a response that never ends [normalised score]
+    ppo_episodes: int = setting(6_144)  # [responses], in rollouts of
+    ppo_rollout_size: int = setting(128)  # [responses], each used for
+    ppo_epochs: int = setting(4)  # [passes over the rollout], in
+    ppo_minibatch_size: int = setting(64)  # [responses of one step], in pieces of
+    ppo_micro_batch_size: int = setting(64, NOTHING)  # [responses at once]
+    ppo_lr: float = setting(6e-5)  # peak learning rate, falling linearly to 0
+    value_head_lr: float = setting(1e-3)  # of the value head, which starts from zeros
+    kl_coef: float = setting(0.2, least=0)  # beta [normalised score per nat of KL]
+    kl_target: float = setting(0.0, least=0)  # an adaptive beta's [nats]; 0: none
+    kl_horizon: int = setting(10_000)  # how slowly it adapts [responses]
+    gamma: float = setting(1.0, least=0, most=1)  # discount
+    # GAE: 0 trusts the value head, 1 the sampled return
+    gae_lambda: float = setting(0.95, least=0, most=1)
+    clip_range: float = setting(0.2)  # of the probability ratio
+    value_clip_range: float = setting(1.0)  # of the value [normalised score]
+    value_coef: float = setting(0.1, least=0)  # weight of the value loss
+    max_grad_norm: float = setting(1.0)
+    # Ends an update early [nats per token]; 0: no bound
+    max_approx_kl: float = setting(0.2, least=0)
+    # Of a response that never ends [normalised score]
+    missing_eos_score: float = setting(-1.0, above=-math.inf)
     # 3. PPO: the measurements
-    normalise_samples: int = 512  # SFT responses that fix the score's scale [responses]
-    eval_prompts: int = 256  # held-out prompts, before and after [responses]
-    time_machine_prompts: int = 6  # of them, followed through training; 0: none
-    frontier_rollouts: int = 0  # PPO at each of a few betas; 0: none [rollouts]
-    best_of_n: int = 16  # to compare these with [responses to each held-out prompt]
-    checkpoint_every: int = 8  # PPO saves its state, to go on from [rollouts]
+    normalise_samples: int = setting(512, least=2)  # SFT responses that fix the scale
+    eval_prompts: int = setting(256)  # held-out prompts, before and after [responses]
+    # Of them, followed through training; 0: none
+    time_machine_prompts: int = setting(6, ("policy",), least=0)
+    frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
+    best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
+    checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
 
     def __post_init__(self):
-        may_be_zero = ("kl_coef", "kl_target", "value_coef", "seed", "max_approx_kl")
-        may_be_zero += ("time_machine_prompts", "frontier_rollouts")
-        shares = ("sft_warmup", "gamma", "gae_lambda")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, str):
-                continue
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-            if name in shares and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {value}")
-            if name in may_be_zero and value < 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
-            if name not in (*shares, *may_be_zero, "missing_eos_score") and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        for one in dataclasses.fields(self):
+            if one.type is not str:
+                self._check_range(one, getattr(self, one.name))
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 "precision must be auto, float32, bfloat16 or float16, "
                 f"got {self.precision!r}"
             )
-        for name in ("max_tokens", "sft_min_tokens", "normalise_samples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be 2 or more, got {getattr(self, name)}")
         if self.prompt_max_tokens < self.prompt_min_tokens:
             raise ValueError(
                 f"prompt_max_tokens ({self.prompt_max_tokens}) must be at least "
@@ -118,6 +123,27 @@ class Settings:
                     f"{whole} ({getattr(self, whole)}) must be a multiple of "
                     f"{part} ({getattr(self, part)})"
                 )
+
+    @staticmethod
+    def _check_range(one, value):
+        rule = one.metadata
+        if not math.isfinite(value):
+            raise ValueError(f"{one.name} must be finite, got {value}")
+        if rule["most"] < math.inf and not rule["least"] <= value <= rule["most"]:
+            bounds = f"from {rule['least']} to {rule['most']}"
+            raise ValueError(f"{one.name} must be {bounds}, got {value}")
+        if "least" in rule and value < rule["least"]:
+            raise ValueError(f"{one.name} must be {rule['least']} or more, got {value}")
+        if "above" in rule and value <= rule["above"]:
+            raise ValueError(f"{one.name} must be above {rule['above']}, got {value}")
+
+    def that_change(self, what: str) -> dict:
+        """The settings on which one of ALL depends, by name."""
+        return {
+            one.name: getattr(self, one.name)
+            for one in dataclasses.fields(self)
+            if what in one.metadata["changes"]
+        }
 
     @property
     def folder(self) -> Path:
@@ -194,52 +220,3 @@ def load_settings(preset: str, environ=os.environ) -> Settings:
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}: {error}") from None
     return dataclasses.replace(PRESETS[preset], **changes)
-
-
-def seed_everything(seed: int):
-    """Seed Python and torch (CPU and GPU), so that a cell can be repeated."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def get_device(settings: Settings) -> torch.device:
-    """The GPU if there is one, else the CPU, with a warning if that will be slow."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if settings.preset == "full":
-        warnings.warn(
-            "no CUDA GPU found: on a CPU the preset 'full' takes hours per notebook "
-            "(an estimate). On Colab choose Runtime > Change runtime type > T4 GPU; "
-            "anywhere, RLHF_PRESET=tiny runs in minutes. Going on with the CPU.",
-            stacklevel=2,
-        )
-    return torch.device("cpu")
-
-
-def trunk_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The precision of the trunk: what `precision` says, or the device's best.
-
-    bfloat16 from compute capability 8.0. torch.cuda.is_bf16_supported() also says
-    yes where bfloat16 is emulated, as on Colab's T4; float16 is fast there.
-    """
-    if settings.precision != "auto":
-        return getattr(torch, settings.precision)
-    if device.type != "cuda":
-        return torch.float32
-    capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if capable else torch.float16
-
-
-def autocast(settings: Settings, device: torch.device):
-    """A context in which the trunk computes in its precision."""
-    dtype = trunk_dtype(settings, device)
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def grad_scaler(settings: Settings, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling, which float16 needs; in other precisions it does nothing."""
-    return torch.amp.GradScaler(
-        device.type, enabled=trunk_dtype(settings, device) == torch.float16
-    )

@@ -20,7 +20,7 @@ from exercises.tests.conftest import (
     solved,
     source,
 )
-from utils.support.badges import named_repositories
+from tools.badges import named_repositories
 
 FREE = 4  # points of the question that a person grades
 

@@ -15,17 +15,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from utils.settings import Settings
-
-# Each artefact, in the order of the notebooks: what its own settings begin with
-STAGES = {"sft": "sft_", "reward_model": "rm_", "policy": "ppo_"}
-# What every model depends on beside the settings of its stage
-COMMON = ("preset", "model_name", "dataset_name", "seed", "max_tokens")
+STAGES = ("sft", "reward_model", "policy")  # in the order of the notebooks
 
 
 def notebook_of(artefact: str) -> str:
     """The number of the notebook that makes an artefact."""
-    return str(list(STAGES).index(artefact) + 1)
+    return str(STAGES.index(artefact) + 1)
 
 
 def set_aside(path: Path) -> Path:
@@ -78,11 +73,10 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     with replacing(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        for file, content in (
-            ("metrics.json", metrics),
-            ("settings.json", dataclasses.asdict(settings)),
-        ):
-            (unfinished / file).write_text(json.dumps(content, indent=2) + "\n")
+        written = {"metrics": metrics, "settings": dataclasses.asdict(settings)}
+        for file, content in written.items():
+            text = json.dumps(content, indent=2) + "\n"
+            (unfinished / f"{file}.json").write_text(text)
     return folder
 
 
@@ -137,16 +131,15 @@ def _read(settings, name, folder) -> dict:
 
 
 def _check_settings(settings, name, made_with):
-    changed = [
-        field.name
-        for field in dataclasses.fields(Settings)
-        if (field.name in COMMON or field.name.startswith(STAGES[name]))
-        and made_with.get(field.name) != getattr(settings, field.name)
-    ]
+    changed = {
+        field: value
+        for field, value in settings.that_change(name).items()
+        if made_with.get(field) != value
+    }
     if changed:
         listed = " and ".join(
-            f"{field} {made_with.get(field)!r} instead of {getattr(settings, field)!r}"
-            for field in changed
+            f"{field} {made_with.get(field)!r} instead of {value!r}"
+            for field, value in changed.items()
         )
         back = "; ".join(
             f'os.environ["RLHF_{field.upper()}"] = "{made_with.get(field)}"'

@@ -4,9 +4,6 @@ One file of safetensors holds all: the tensors as they are, everything else as J
 the file's header. Nothing in it is ever executed, as unpickling would.
 """
 
-import dataclasses
-import hashlib
-import inspect
 import json
 import os
 import random
@@ -19,16 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.settings import trunk_dtype
 from utils.support.artefacts import set_aside
+from utils.support.fingerprint import fingerprint, fingerprints_of_code
+from utils.training import trunk_dtype
 
 CHECKPOINT = "ppo.safetensors"  # in the folder of the preset
 KIND = "state of a PPO run"
-# Settings that leave the run as it is
-FREE = ("runs_dir", "checkpoint_every", "frontier_rollouts", "best_of_n")
-# And that changes no more than its rounding, so that a full GPU need not begin anew
-FREE += ("ppo_micro_batch_size",)
-READ_BY_LEARNERS = Path(__file__).parents[1]  # utils/*.py
 
 
 def _pack(value, tensors, name="state"):
@@ -90,34 +83,26 @@ def read_state(path: Path) -> tuple[dict, dict]:
     return json.loads(header["key"]), _unpack(json.loads(header["state"]), tensors)
 
 
-def _fingerprint(thing) -> str:
-    """A few letters that change if the code, the weights or the values do."""
-    if isinstance(thing, nn.Module):
-        # Whole numbers, whose sum does not depend on the order or the device
-        bits = (p.view(torch.int32) for p in thing.parameters())
-        thing = [int(x.sum(dtype=torch.int64)) for x in bits]
-    elif callable(thing):
-        thing = inspect.getsource(thing)
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
-
-
 def _state_of(part):
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, nn.Module):  # each weight once, also where two names share it
         return dict(part.named_parameters())
-    return part.state_dict()
+    return part.state_dict() if hasattr(part, "state_dict") else part
 
 
 @torch.no_grad()
-def _put_back(part, state):
+def _put_back(run, name, state):
+    part = getattr(run, name)
     if isinstance(part, torch.Generator):
         part.set_state(state)
     elif isinstance(part, nn.Module):
-        for name, parameter in part.named_parameters():
-            parameter.copy_(state[name])
-    else:
+        for key, parameter in part.named_parameters():
+            parameter.copy_(state[key])
+    elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
+    else:
+        setattr(run, name, state)
 
 
 def _random_states() -> dict:
@@ -135,68 +120,85 @@ def _set_random_states(states):
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def _of_today(function):
+    """The function that has this one's name now, in the place where it was defined."""
+    return function.__globals__.get(function.__name__, function)
+
+
+def _edited(then: dict, now: dict) -> list[str]:
+    """The names whose fingerprints differ; only if there is none, those of one side."""
+    edited = [name for name in now if name in then and now[name] != then[name]]
+    # What is called no longer, or is called now, follows from an edit
+    return edited or sorted(now.keys() ^ then.keys())
+
+
 class Checkpoint:
     """Saves a PPO run every few rollouts, and goes on from there.
 
-    `parts` are the objects that training changes (policy, optimizer, schedule, scaler,
-    generator), by name. The run depends on `code`, functions whose source counts, and
-    on `inputs`, by name: models, whose weights count, and plain values. A saved run is
-    taken up only if these are the same, and all settings and the files `utils/*.py`,
+    `run` is an object whose attributes are all that training changes: `policy`, others
+    with a state (optimiser, schedule, generator), and plain records, of which
+    `history` has an entry for each rollout. It depends on `code`, functions that count
+    with all that they call, and on `inputs`, by name: models, whose weights count, and
+    plain values. A saved run is taken up only if these and the settings are the same,
     so that it never hides an edit.
     """
 
-    def __init__(self, settings, device, parts: dict, code: tuple, inputs: dict):
-        self.path = settings.folder / CHECKPOINT
+    def __init__(self, run, settings, code: tuple, inputs: dict):
+        self.run, self.path = run, settings.folder / CHECKPOINT
         self.every, self.total = settings.checkpoint_every, settings.ppo_steps
-        self.parts = parts
-        sources = sorted(READ_BY_LEARNERS.glob("*.py"))
-        made_of = {f"utils/{file.name}": file.read_text("utf8") for file in sources}
-        made_of |= {function.__name__: function for function in code} | inputs
+        device = next(run.policy.parameters()).device
+        # A generator's state belongs to its device, a scaler's to its precision
+        machine = {"device": device.type, "dtype": str(trunk_dtype(settings, device))}
+        self.code, self.code_began = code, fingerprints_of_code(*code)
+        made_of = {name: fingerprint(thing) for name, thing in inputs.items()}
         self.key = {
-            "settings": {
-                **{
-                    k: v
-                    for k, v in dataclasses.asdict(settings).items()
-                    if k not in FREE
-                },
-                # A generator's state belongs to its device, a scaler's to its precision
-                "device": device.type,
-                "dtype": str(trunk_dtype(settings, device)),
-            },
-            "made of": {name: _fingerprint(thing) for name, thing in made_of.items()},
+            "settings": settings.that_change("policy") | machine,
+            "made of": self.code_began | made_of,
         }
 
-    def restore(self, history: list, *records) -> list:
-        """Put all parts back as they were saved, and give the records saved with them.
+    def check_code(self):
+        """Raise RuntimeError if a function of the run was written anew since it began.
 
-        Without a saved run of the same settings, models and code, the parts stay as
-        they are and the given records come back. Says which of the two it is. A file
-        that cannot be used is renamed, not deleted. Raises OSError if the disk cannot
-        be read at the moment; the file stays as it is then.
+        One that began with the old function would go on, or be finished, with the new
+        one, and be saved as if it were all of a piece.
         """
-        fresh, path = [history, *records], self.path
+        now = fingerprints_of_code(*map(_of_today, self.code))
+        if edited := _edited(self.code_began, now):
+            raise RuntimeError(
+                f"since this run of PPO began there is another {' and '.join(edited)}; "
+                "run the cell of the preflight, and then this one, to begin anew"
+            )
+
+    def restore(self):
+        """Bring the run to where it was saved, and say so.
+
+        Without a saved run of the same settings, models and code it stays as it is,
+        and the reason is said. A file that cannot be used is renamed, not deleted.
+        Raises OSError if the disk cannot be read at the moment; the file stays as it
+        is then.
+        """
+        path = self.path
         if not path.exists():
             print(f"PPO begins, and is saved every {self.every} rollouts to {path}")
-            return fresh
+            return
         try:
             key, state = read_state(path)
         except ValueError as error:
             name = set_aside(path).name
             print(f"PPO begins anew: {path} is damaged or another file ({error})")
             print(f"(it was renamed to {name})")
-            return fresh
-        done = len(state["records"][0])
+            return
+        done = len(state["run"]["history"])
         if changes := self._changes(key):
             # A finished run has left its policy, of any other this is all there is
             kept = "" if done == self.total else f"; renamed to {set_aside(path).name}"
             print(f"PPO begins anew: the run in {path} had {changes}{kept}")
-            return fresh
-        for name, part in self.parts.items():
-            _put_back(part, state["parts"][name])
+            return
+        for name, part in state["run"].items():
+            _put_back(self.run, name, part)
         _set_random_states(state["random"])
         print(f"PPO goes on after {done} of {self.total} rollouts, from {path}")
         print("(to begin anew: checkpoint.discard(), then this cell again)")
-        return state["records"]
 
     def _changes(self, key) -> str:
         changes = [
@@ -204,28 +206,25 @@ class Checkpoint:
             for name, value in self.key["settings"].items()
             if key["settings"].get(name) != value
         ]
-        changes += [
-            f"another {name}"
-            for name, fingerprint in self.key["made of"].items()
-            if key["made of"].get(name) != fingerprint
-        ]
+        edited = _edited(key["made of"], self.key["made of"])
+        changes += [f"another {name}" for name in edited]
         return ", ".join(changes)
 
-    def save(self, history: list, *records):
+    def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.
 
         A disk that is full ends no training: it is a warning.
         """
-        if len(history) % self.every and len(history) != self.total:
+        done = len(self.run.history)
+        if not done or (done % self.every and done != self.total):
             return
-        parts = {name: _state_of(part) for name, part in self.parts.items()}
-        records = [history, *records]
-        state = {"parts": parts, "records": records, "random": _random_states()}
+        parts = {name: _state_of(part) for name, part in vars(self.run).items()}
+        state = {"run": parts, "random": _random_states()}
         try:
             write_state(self.path, self.key, state)
         except (OSError, SafetensorError) as error:
             warnings.warn(
-                f"{len(history)} rollouts could not be saved to {self.path} ({error}); "
+                f"{done} rollouts could not be saved to {self.path} ({error}); "
                 "training goes on, make room for the next save",
                 stacklevel=2,
             )

@@ -1,15 +1,44 @@
-"""What must hold before PPO starts, checked on the very objects that it will use."""
+"""What must hold before training starts: of what the settings name, and before PPO.
+
+`prepare` begins every notebook; `preflight` checks the very objects that PPO will use.
+"""
 
 import gc
 
 import psutil
 import torch
 
-from utils.rollout import evaluate_responses
-from utils.settings import autocast, trunk_dtype
+from utils.data import load_tokenizer
+from utils.inputs import check_context
+from utils.models import load_config
+from utils.practice import tiny_world
+from utils.rollout import evaluate_responses, in_pieces
+from utils.support.notebook import advise_on_memory
+from utils.training import autocast, check_code_is_current, trunk_dtype
 
 GIB = 2**30
 HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precision
+
+
+def prepare(settings, artefact: str):
+    """Have everything at hand that the settings name, and see that it fits together.
+
+    Builds the tiny world if it is used, and sees to it that a GPU without memory says
+    what to lower to make this artefact. Raises ValueError if texts of these settings
+    are too long for the model, or if the tokenizer knows more words than it, and
+    RuntimeError if a file of `utils` was edited under this kernel.
+    """
+    check_code_is_current()
+    advise_on_memory(settings, artefact)
+    tiny_world.prepare(settings)
+    name = settings.model_name
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    check_context(config, settings)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model only "
+            f"{config.vocab_size}; take the tokenizer that belongs to it"
+        )
 
 
 def _dropout(models):
@@ -43,7 +72,8 @@ def _not_shared(models):
 
 
 def _optimised(policy, optimizer):
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = optimizer.optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
     wanted = {id(p) for p in policy.parameters()}
     missing, foreign = len(wanted - held), len(held - wanted)
     remedy = (
@@ -75,15 +105,15 @@ def _no_kl(rollout, half):
 
 def _padding(policy, rollout, settings):
     batch = rollout.rows(torch.arange(min(8, len(rollout))))
-    texts = (batch.input_ids, batch.attention_mask, batch.mask)
-    together, _ = evaluate_responses(policy, *texts, settings.temperature)
+    temperature = settings.temperature
+    together, _ = evaluate_responses(policy, *batch.texts, temperature)
     worst = 0.0
     for i, real in enumerate(batch.attention_mask.bool()):
         n = int(batch.mask[i].sum())
         text = batch.input_ids[i][real][None]
+        everything = torch.ones_like(text)
         alone, _ = evaluate_responses(
-            *(policy, text, torch.ones_like(text), torch.ones_like(text[:, -n:])),
-            settings.temperature,
+            policy, text, everything, everything[:, -n:], temperature
         )
         worst = max(worst, (alone[0] - together[i, :n]).abs().max().item())
     remedy = (
@@ -155,16 +185,11 @@ def preflight(policy, reference, reward_model, optimizer, rollout, tokenizer, se
     device, temperature = rollout.mask.device, settings.temperature
     half = trunk_dtype(settings, device) != torch.float32
     with autocast(settings, device):
-        pieces = [
-            evaluate_responses(policy, *texts, temperature)[0]
-            for texts in zip(
-                *(
-                    x.split(settings.ppo_micro_batch_size)
-                    for x in (rollout.input_ids, rollout.attention_mask, rollout.mask)
-                ),
-                strict=True,
-            )
-        ]
+        logprobs, _ = in_pieces(
+            lambda *texts: evaluate_responses(policy, *texts, temperature),
+            settings.ppo_micro_batch_size,
+            *rollout.texts,
+        )
     models = {"policy": policy, "reference": reference, "reward model": reward_model}
     enough, lower, found = _memory(policy, settings, device)
     results = {
@@ -172,7 +197,7 @@ def preflight(policy, reference, reward_model, optimizer, rollout, tokenizer, se
         "reference and reward model are frozen": _frozen(models),
         "neither shares weights with the policy": _not_shared(models),
         "the optimiser holds the policy's weights": _optimised(policy, optimizer),
-        "the first ratio is 1": _ratio(torch.cat(pieces), rollout, half),
+        "the first ratio is 1": _ratio(logprobs, rollout, half),
         "the KL to the reference is 0": _no_kl(rollout, half),
         "padding on the left changes nothing": _padding(policy, rollout, settings),
         "EOS closes a response, and only that": _one_eos(

@@ -14,10 +14,10 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from utils.settings import PRESETS, load_settings, parse_field
-from utils.support import bands
-from utils.support.artefacts import STAGES, write_text
+from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.checkpoint import CHECKPOINT
-from utils.support.notebook import NOTEBOOKS, ROOT
+from utils.support.expected import expected
+from utils.support.notebook import NOTEBOOKS, ROOT, SERIES
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
@@ -65,6 +65,7 @@ def execute(name: str, folder: Path, env: dict):
     goes on to the caller, or its DeadKernelError if there is no kernel any more.
     """
     notebook = nbformat.read(ROOT / name, as_version=4)
+    copy = folder / Path(name).name
     client = Client(
         notebook,
         timeout=None,
@@ -86,11 +87,11 @@ def execute(name: str, folder: Path, env: dict):
             raise DeadKernelError("interrupted") from error
         finally:
             _tidy(notebook)
-            write_text(folder / name, nbformat.writes(notebook) + "\n")
+            write_text(copy, nbformat.writes(notebook) + "\n")
 
 
 def report(settings, notebooks) -> tuple[dict, str]:
-    """What has been measured, by artefact, and a table of what these notebooks did."""
+    """What has been measured, by artefact; a table of what these notebooks made."""
     from utils.evaluation import FIGURES, figures_table
 
     folder = ROOT / settings.folder
@@ -101,12 +102,14 @@ def report(settings, notebooks) -> tuple[dict, str]:
     }
     before, after = {}, {}
     for name, metrics in found.items():
-        if NOTEBOOKS[list(STAGES).index(name)] not in notebooks:
+        if NOTEBOOKS[notebook_of(name)] not in notebooks:
             continue
         before.update(metrics.get("before", {}))
         after.update(metrics["after"])
+    if not after:
+        return found, ""
     figures = {**EARLIER_FIGURES, **FIGURES}
-    return found, figures_table(before, after, bands.expected(settings), figures)
+    return found, figures_table(before, after, expected(settings), figures)
 
 
 def parse(argv):
@@ -115,7 +118,11 @@ def parse(argv):
         prog="python -m utils", description="Run the series: SFT, reward model, PPO."
     )
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
-    parser.add_argument("--only", default="1,2,3", help="notebooks, for example 1,2")
+    parser.add_argument(
+        "--only",
+        default=",".join(SERIES),
+        help=f"notebooks, for example 1,2; there are {','.join(NOTEBOOKS)}; all: these",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
     )
@@ -125,12 +132,13 @@ def parse(argv):
         help="also write the outputs into the notebooks themselves",
     )
     options = parser.parse_args(argv)
-    numbers = options.only.split(",")
-    if not set(numbers) <= {"1", "2", "3"}:
+    numbers = NOTEBOOKS if options.only == "all" else options.only.split(",")
+    if unknown := set(numbers) - set(NOTEBOOKS):
         parser.error(
-            f"--only takes 1, 2 and 3 with commas between, got {options.only!r}"
+            f"there is no notebook {' and no '.join(sorted(unknown))}; --only takes "
+            f"all, or numbers of {','.join(NOTEBOOKS)} with commas between"
         )
-    options.notebooks = [NOTEBOOKS[int(n) - 1] for n in sorted(set(numbers))]
+    options.notebooks = [NOTEBOOKS[n] for n in sorted(set(numbers))]
     # The older kernel that Colab has warns of Python's own modules without the second
     ours = {"RLHF_PRESET": options.preset, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     options.env = {**os.environ, **ours}
@@ -153,7 +161,7 @@ def main(argv=None) -> int:
     folder = ROOT / options.settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     saved = options.settings.folder / CHECKPOINT
-    if NOTEBOOKS[2] in options.notebooks and (ROOT / saved).exists():
+    if NOTEBOOKS["3"] in options.notebooks and (ROOT / saved).exists():
         print(f"PPO goes on from {saved}, if that is of this very run (one that has")
         print("finished is not trained again); to begin anew, delete the file")
     for name in options.notebooks:
@@ -168,7 +176,7 @@ def main(argv=None) -> int:
                 )
                 return 1
             rest = options.notebooks[options.notebooks.index(name) :]
-            numbers = ",".join(one[0] for one in rest)
+            numbers = ",".join(Path(one).name[0] for one in rest)
             print(
                 f"\n{name} lost its kernel: interrupted, or out of memory "
                 "(then lower the batch sizes); run the same command again, with --only "
@@ -177,10 +185,11 @@ def main(argv=None) -> int:
             )
             return 1
         if options.save_outputs:
-            write_text(ROOT / name, (folder / name).read_text("utf8"))
+            executed = (folder / Path(name).name).read_text("utf8")
+            write_text(ROOT / name, executed)
     metrics, table = report(options.settings, options.notebooks)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(
-        f"\n{table}\n\nExecuted notebooks and metrics.json: {options.settings.folder}"
-    )
+    if table:
+        print(f"\n{table}")
+    print(f"\nExecuted notebooks and metrics.json: {options.settings.folder}")
     return 0

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import random
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from utils.models import hidden_states, vocabulary_logits
-from utils.support.artefacts import replacing
 
 # One rule a line: SYMBOL -> WEIGHT EXPANSION | WEIGHT EXPANSION ... Symbols are
 # capitalised, words are not. A rule for `Symbol*` stands for two, `Symbol+` (positive)
@@ -312,16 +312,20 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     stamp = folder / "definition.txt"
     if stamp.exists() and stamp.read_text() == definition():
         return folder
-    with replacing(folder) as unfinished:
-        for split, rows in make_dataset().items():
-            file = unfinished / "dataset" / "data" / f"{split}-00000-of-00001.parquet"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            rows.to_parquet(file)
-        rng = random.Random(0)
-        tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
-        tokenizer.save_pretrained(unfinished / "model")
-        pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
-        (unfinished / "definition.txt").write_text(definition())
+    # Renamed when all of it is there
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for split, rows in make_dataset().items():
+        file = unfinished / "dataset" / "data" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(file)
+    rng = random.Random(0)
+    tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
+    tokenizer.save_pretrained(unfinished / "model")
+    pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
+    (unfinished / "definition.txt").write_text(definition())
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
     return folder
 
 

@@ -12,8 +12,6 @@ import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import constants, repo_info
 
-from utils.support.guards import advise_on_memory
-
 
 def _first_line(error) -> str:
     said, _, _ = str(error).strip().partition("\n")  # of an empty one, nothing
@@ -50,6 +48,21 @@ def _unreachable(what, name):
 
 
 @contextlib.contextmanager
+def _from_the_cache(only: bool):
+    """Let the libraries load from their caches, without a word to the hub.
+
+    transformers, datasets and tokenizers have one switch in common, which they read
+    at each request: the constant of the hub's library. It is set back afterwards.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or only
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def loading(what: str, name):
     """Turn what a library raises while it loads `name` into one sentence.
 
@@ -65,41 +78,43 @@ def loading(what: str, name):
             f"there is no folder {name!r} to load the {what} from; correct the name, "
             "or name a repository of the Hugging Face Hub"
         )
-    offline, unreachable = constants.HF_HUB_OFFLINE, _unreachable(what, name)
-    constants.HF_HUB_OFFLINE = offline or unreachable is not None
+    unreachable = _unreachable(what, name)
     try:
-        yield
+        with _from_the_cache(only=unreachable is not None):
+            yield
     except Exception as error:
-        if Path(name).is_dir():
-            raise ValueError(
-                f"the folder {name!r} holds no {what} that can be loaded "
-                f"({_first_line(error)}); make it anew, or name another"
-            ) from error
-        kinds = _kinds(error)
-        if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-            raise FileNotFoundError(
-                f"the Hugging Face Hub has no public {what} {name!r}, and there is no "
-                "such folder here; correct the name"
-            ) from error
-        unreadable = kinds & {"JSONDecodeError", "UnicodeDecodeError"}
-        if not unreadable and (
-            isinstance(error, OSError) or kinds & {"HfHubHTTPError", "TransportError"}
-        ):
-            raise ConnectionError(
-                f"the {what} {name!r} could not be had from the Hugging Face Hub "
-                f"({_first_line(unreachable or error)}); try again later, name a local "
-                "folder, or take the preset 'tiny', which downloads nothing"
-            ) from error
-        caches = constants.HF_HUB_CACHE
-        if what == "data set":
-            caches += f" and in {HF_DATASETS_CACHE}"
-        raise ValueError(
-            f"the {what} {name!r} was downloaded, but cannot be loaded "
-            f"({_first_line(error)}); delete what is left of it in {caches} and run "
-            "this again"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+        raise _explained(error, what, name, unreachable) from error
+
+
+def _explained(error, what, name, unreachable):
+    """The same error in one sentence, with the remedy."""
+    if Path(name).is_dir():
+        return ValueError(
+            f"the folder {name!r} holds no {what} that can be loaded "
+            f"({_first_line(error)}); make it anew, or name another"
+        )
+    kinds = _kinds(error)
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return FileNotFoundError(
+            f"the Hugging Face Hub has no public {what} {name!r}, and there is no "
+            "such folder here; correct the name"
+        )
+    unreadable = kinds & {"JSONDecodeError", "UnicodeDecodeError"}
+    refused = kinds & {"HfHubHTTPError", "TransportError"} or isinstance(error, OSError)
+    if refused and not unreadable:
+        return ConnectionError(
+            f"the {what} {name!r} could not be had from the Hugging Face Hub "
+            f"({_first_line(unreachable or error)}); try again later, name a local "
+            "folder, or take the preset 'tiny', which downloads nothing"
+        )
+    caches = constants.HF_HUB_CACHE
+    if what == "data set":
+        caches += f" and in {HF_DATASETS_CACHE}"
+    return ValueError(
+        f"the {what} {name!r} was downloaded, but cannot be loaded "
+        f"({_first_line(error)}); delete what is left of it in {caches} and run "
+        "this again"
+    )
 
 
 def check_reviews(reviews, name: str):
@@ -114,14 +129,13 @@ def check_reviews(reviews, name: str):
         rows = reviews[split]
         for column in ("sentence", "label"):
             if column not in rows.column_names:
-                near = difflib.get_close_matches(
-                    *(column, rows.column_names), n=1, cutoff=0.5
-                )
+                names = rows.column_names
+                near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
                 which = f"rename its {near[0]!r}" if near else "rename its columns"
                 raise ValueError(
-                    f"data set {name!r} has no column {column!r}, only "
-                    f"{rows.column_names}; {which} (rename_column of datasets), save "
-                    "it to a folder, and name that"
+                    f"data set {name!r} has no column {column!r}, only {names}; "
+                    f"{which} (rename_column of datasets), save it to a folder, and "
+                    "name that"
                 )
         if not len(rows):
             raise ValueError(
@@ -216,27 +230,4 @@ def check_causal(lm, name):
         raise ValueError(
             f"{str(name)!r} looks at later tokens ({type(lm).__name__} is no causal "
             "language model), so it cannot write; name one such as 'gpt2'"
-        )
-
-
-def prepare(settings, artefact: str):
-    """Have everything at hand that the settings name, and see that it fits together.
-
-    Builds the tiny world if it is used, and sees to it that a GPU without memory says
-    what to lower to make this artefact. Raises ValueError if texts of these settings
-    are too long for the model, or if the tokenizer knows more words than it.
-    """
-    from utils.data import load_tokenizer
-    from utils.models import load_config
-    from utils.support import toy  # which imports the others, and they this module
-
-    advise_on_memory(settings, artefact)
-    toy.prepare(settings)
-    name = settings.model_name
-    config, tokenizer = load_config(name), load_tokenizer(name)
-    check_context(config, settings)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model only "
-            f"{config.vocab_size}; take the tokenizer that belongs to it"
         )

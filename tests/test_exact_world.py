@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
+from utils.practice import exact_world
 from utils.rollout import sample_responses
-from utils.support import exact
 from utils.support.notebook import import_cells
 
 BETAS, SEEDS = (0.25, 0.5, 1.0), range(10)
@@ -18,7 +18,7 @@ EXACT = {"atol": 1e-9, "rtol": 0}
 
 @pytest.fixture
 def world():
-    world = exact.ExactWorld(seed=3)
+    world = exact_world.ExactWorld(seed=3)
     world.reference.double()
     world.scores = world.scores.double()
     return world
@@ -26,13 +26,13 @@ def world():
 
 def another_policy(world, seed=0):
     """A policy other than the reference, in float64."""
-    lm = exact.ExactWorld(seed).reference.double().requires_grad_(True)
+    lm = exact_world.ExactWorld(seed).reference.double().requires_grad_(True)
     assert not torch.allclose(world.logprobs(lm), world.logprobs(world.reference))
     return lm
 
 
 def test_all_responses_are_there():
-    ids, mask = exact.all_responses()
+    ids, mask = exact_world.all_responses()
     found = {
         tuple(row[: int(m.sum())].tolist()) for row, m in zip(ids, mask, strict=True)
     }
@@ -41,33 +41,35 @@ def test_all_responses_are_there():
         n = words.index(0) + 1 if 0 in words else 3
         expected.add(words[:n])
     assert found == expected and len(ids) == len(expected) == 15
-    assert ids[mask == 0].eq(exact.EOS).all()
+    assert ids[mask == 0].eq(exact_world.EOS).all()
 
 
 def test_probabilities_are_those_of_the_model_and_add_up(world):
     logprobs = world.logprobs(world.reference)
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-12)
     for i, m in enumerate(world.mask):
-        text = torch.tensor([exact.PROMPT + world.responses[i][m.bool()].tolist()])
+        text = torch.tensor(
+            [exact_world.PROMPT + world.responses[i][m.bool()].tolist()]
+        )
         logits = world.reference(text).logits[:, :-1]
         alone = token_logprobs(logits, text[:, 1:]).sum()
         assert logprobs[i].item() == pytest.approx(alone.item(), abs=1e-9)
 
 
 def test_scores_are_found_again_and_a_missing_eos_costs(world):
-    prompts = torch.tensor([exact.PROMPT] * 500)
+    prompts = torch.tensor([exact_world.PROMPT] * 500)
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones_like(prompts)
-    options = (exact.EOS, 3, 1.0, generator)
+    options = (exact_world.EOS, 3, 1.0, generator)
     ids, attention, mask = sample_responses(world.reference, prompts, mask, *options)
     scores, _ = world.score(ids, attention, mask)
     names = dict(zip(world.names(), world.scores.tolist(), strict=True))
     for row, m, score in zip(ids[:, 1:], mask, scores.tolist(), strict=True):
-        words = [exact.WORDS[word] for word in row[m.bool()]]
+        words = [exact_world.WORDS[word] for word in row[m.bool()]]
         name = " ".join(words) + (" …" if words[-1] != "EOS" else "")
         assert names[name] == score
         if words[-1] != "EOS":
-            assert score == exact.SETTINGS.missing_eos_score
+            assert score == exact_world.SETTINGS.missing_eos_score
     # responses may all be short: the batch is then narrower than three slots
     short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
     assert short.item() == names["EOS"]
@@ -164,9 +166,9 @@ def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
 def learn(beta, seed):
     """What PPO reaches in one world, as a share of what there is to gain."""
     torch.set_num_threads(1)
-    cells = ("collect-rollout", "ppo-update", "fresh-policy", "train", "train-exactly")
-    train_exactly = import_cells("3-RLHF.ipynb", *cells)["train_exactly"]
-    world = exact.ExactWorld(seed)
+    cells = ("loop", "train-exactly")
+    train_exactly = import_cells("more/4-Estimators.ipynb", *cells)["train_exactly"]
+    world = exact_world.ExactWorld(seed)
     return world.reached(train_exactly(world, beta, seed), beta)
 
 

@@ -1,4 +1,4 @@
-"""Name the repository in every badge and setup cell: `... badges OWNER/REPO`."""
+"""Name the repository in every link: `python -m tools.badges OWNER/REPO`."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ def named_repositories() -> dict[str, set[str]]:
     exercises = [path.relative_to(ROOT).as_posix() for path in exercises]
     return {
         file: {name for _, name in PLACES.findall((ROOT / file).read_text("utf8"))}
-        for file in ("README.md", *NOTEBOOKS, *exercises)
+        for file in ("README.md", *NOTEBOOKS.values(), *exercises)
     }
 
 
@@ -33,7 +33,7 @@ def set_repository(name: str):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m utils.support.badges OWNER/REPO")
+        sys.exit("usage: python -m tools.badges OWNER/REPO")
     try:
         set_repository(sys.argv[1])
     except ValueError as error:

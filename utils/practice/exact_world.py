@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from utils.models import freeze
-from utils.rollout import has_ended, response_hidden_states, response_logprobs
+from utils.rollout import has_ended, response_logprobs
 from utils.settings import TINY
 
 WORDS, EOS, LENGTH = ("EOS", "a", "b"), 0, 3
@@ -78,8 +78,7 @@ class ExactWorld:
     def token_logprobs(self, lm) -> Tensor:
         """Log-probabilities (15, 3) of the tokens of all responses, float64."""
         batch = (self.input_ids, self.attention_mask, self.mask)
-        hidden = response_hidden_states(lm, *batch)
-        return response_logprobs(lm, hidden, self.input_ids, self.mask).double()
+        return response_logprobs(lm, *batch).double()
 
     def logprobs(self, lm) -> Tensor:
         """Log-probabilities (15,) of all responses."""

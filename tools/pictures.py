@@ -1,4 +1,4 @@
-"""The README's pictures: `python -m utils.support.pictures`, after a tiny run."""
+"""The pictures in docs/: `python -m tools.pictures`, after a tiny run."""
 
 import json
 import sys
@@ -9,9 +9,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from utils.plots import BLUE, GREY, RED, plot_frontier, plot_ppo
+from utils.plots import (
+    BLUE,
+    GREY,
+    RED,
+    plot_frontier,
+    plot_ppo,
+)
 from utils.settings import TINY
-from utils.support.notebook import ROOT
+from utils.support.notebook import NOTEBOOKS, ROOT, import_cells
 
 BOXES = {  # name: (x, y, text, colour)
     "gpt2": (0.9, 3, "GPT-2", GREY),
@@ -55,16 +61,27 @@ def plot_stages():
     return figure
 
 
+def plot_exact_world():
+    """What PPO finds in the exact world, as in notebook 4, which is run for it."""
+    cells = ("loop", "exact-world", "exact-objective", "train-exactly")
+    cells += ("exact-result", "exact-plot")
+    return import_cells(NOTEBOOKS["4"], *cells)["figure"]
+
+
 def main():
-    """Write docs/stages.png, and from a tiny run training.png and frontier.png."""
+    """Write docs/stages.png, exact-world.png; of a tiny run training.png, frontier.png.
+
+    Raises SystemExit if there is no tiny run.
+    """
     found = {}
     for name in ("metrics", "frontier"):
         file = TINY.folder / f"{name}.json"
         if not (ROOT / file).exists():
-            sys.exit(f"{file} is missing; run `python -m utils` first")
+            sys.exit(f"{file} is missing; run `python -m utils --only 1,2,3,6` first")
         found[name] = json.loads((ROOT / file).read_text())
     figures = {
         "stages": plot_stages(),
+        "exact-world": plot_exact_world(),
         "training": plot_ppo(found["metrics"]["policy"]["history"]),
         "frontier": plot_frontier(found["frontier"]),
     }

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from utils.data import clean, load_reviews, load_tokenizer
-from utils.support import toy
+from utils.practice import tiny_world
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return toy.make_dataset()
+    return tiny_world.make_dataset()
 
 
 def derive(symbol, rng):
     """A random derivation: its words, and the log-probability of its choices."""
-    if symbol not in toy.REVIEWS.rules:
+    if symbol not in tiny_world.REVIEWS.rules:
         return [symbol], 0.0
-    rules = toy.REVIEWS.rules[symbol]
+    rules = tiny_world.REVIEWS.rules[symbol]
     p, expansion = rng.choices(rules, [p for p, _ in rules])[0]
     words, logprob = [], math.log(p)
     for part in expansion:
@@ -35,7 +35,7 @@ def test_the_exact_probability_is_that_of_the_derivation():
     for _ in range(1000):
         sign = rng.choice("+-")
         words, logprob = derive(f"Review{sign}", rng)
-        verdict = toy.judge(" ".join(words))
+        verdict = tiny_world.judge(" ".join(words))
         expected = math.exp(logprob) / 2
         assert verdict.probability == pytest.approx(expected, rel=1e-9)
         assert verdict.positive == (sign == "+")
@@ -48,7 +48,7 @@ def test_the_entropy_is_the_mean_surprise():
     ]
     mean = sum(surprises) / len(surprises)
     sd = math.sqrt(sum((s - mean) ** 2 for s in surprises) / len(surprises))
-    assert abs(mean - toy.ENTROPY) < 4 * sd / math.sqrt(len(surprises))
+    assert abs(mean - tiny_world.ENTROPY) < 4 * sd / math.sqrt(len(surprises))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_the_entropy_is_the_mean_surprise():
     ],
 )
 def test_negation_and_contrast(text, positive):
-    assert toy.judge(text).grammatical
-    assert toy.judge(text).positive == positive
+    assert tiny_world.judge(text).grammatical
+    assert tiny_world.judge(text).positive == positive
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_negation_and_contrast(text, positive):
     ],
 )
 def test_what_the_grammar_cannot_write(text):
-    assert not toy.judge(text).grammatical
+    assert not tiny_world.judge(text).grammatical
 
 
 def test_the_vocabulary_is_large_enough():
-    assert len(toy.REVIEWS.words) >= 150
+    assert len(tiny_world.REVIEWS.words) >= 150
 
 
 def test_no_phrase_stands_in_two_splits(dataset):
@@ -104,7 +104,7 @@ def test_the_columns_and_quirks_of_sst2(dataset):
 def test_the_labels_are_the_exact_sentiment(dataset):
     split = dataset["validation"]
     for sentence, label in zip(split["sentence"], split["label"], strict=True):
-        assert toy.judge(clean(sentence)).positive == bool(label)
+        assert tiny_world.judge(clean(sentence)).positive == bool(label)
 
 
 def test_counting_words_is_not_enough(dataset):
@@ -153,15 +153,15 @@ def test_the_folders_load_like_any_other(world, dataset):
 
 
 def test_it_is_built_once_and_again_when_its_definition_changes(tmp_path, monkeypatch):
-    monkeypatch.setitem(toy.PRETRAINING, "steps", 1)
-    monkeypatch.setattr(toy, "ROWS", {"train": 20, "validation": 5, "test": 5})
-    monkeypatch.setattr(toy, "VOCABULARY", 300)
-    folder = toy.build_world(tmp_path / "world", show_progress=False)
+    monkeypatch.setitem(tiny_world.PRETRAINING, "steps", 1)
+    monkeypatch.setattr(tiny_world, "ROWS", {"train": 20, "validation": 5, "test": 5})
+    monkeypatch.setattr(tiny_world, "VOCABULARY", 300)
+    folder = tiny_world.build_world(tmp_path / "world", show_progress=False)
     weights = folder / "model" / "model.safetensors"
     first = weights.stat().st_mtime_ns
-    toy.build_world(folder, show_progress=False)
+    tiny_world.build_world(folder, show_progress=False)
     assert weights.stat().st_mtime_ns == first
-    monkeypatch.setattr(toy, "definition", lambda: "another")
-    toy.build_world(folder, show_progress=False)
+    monkeypatch.setattr(tiny_world, "definition", lambda: "another")
+    tiny_world.build_world(folder, show_progress=False)
     assert weights.stat().st_mtime_ns != first
     assert not folder.with_name("world.unfinished").exists()

@@ -9,15 +9,22 @@ import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.test_loop import SCALER, collect
+from tests.test_loop import CELLS, collect, guarded
 from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_rollout import small_lm
 from utils.models import PolicyWithValueHead, freeze
-from utils.support.guards import clip_gradients, forget_half_step
+from utils.settings import FULL
 from utils.support.notebook import ROOT, import_cells
+from utils.training import (
+    accumulate_gradients,
+    clip_gradients,
+    get_device,
+    trunk_dtype,
+)
 
 pytestmark = pytest.mark.faults
 NAN, INF = float("nan"), float("inf")
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def model_with_gradients(*gradients):
@@ -44,25 +51,25 @@ def test_finite_gradients_are_clipped_as_by_torch(max_norm):
 @pytest.mark.parametrize(
     "stats, gradients, says",
     [
-        ([{"loss": NAN}], [[1.0, 1.0]], "^the loss is nan, so this step was not taken"),
-        ([{"loss": 1.0}, {"value_loss": INF}], [[1.0, 1.0]], "^the value loss is inf"),
-        ([{"loss": 1.0}], [[1.0, 1.0], [NAN, 1.0]], "^the gradient of w1 is nan"),
+        ({"loss": NAN}, [[1.0, 1.0]], "^the loss is nan, so this step was not taken"),
+        ({"loss": 1.0, "value_loss": INF}, [[1.0, 1.0]], "^the value loss is inf"),
+        ({"loss": 1.0}, [[1.0, 1.0], [NAN, 1.0]], "^the gradient of w1 is nan"),
         (
-            [{"loss": 1.0}],
+            {"loss": 1.0},
             [[1.0, -INF], [1.0, 1.0], [NAN, 1.0]],
             r"^the gradient of w0 \(and of 1 other weights\) is -inf",
         ),
         # so large that only their common norm is too large for a float32
-        ([{"loss": 1.0}], [[3e38, 3e38]], "^the gradient of all weights"),
+        ({"loss": 1.0}, [[3e38, 3e38]], "^the gradient of all weights"),
     ],
 )  # fmt: skip
 def test_what_is_not_finite_is_named_before_it_is_used(
     survived, stats, gradients, says
 ):
     model = model_with_gradients(*gradients)
-    stats = [{k: torch.tensor(v) for k, v in figures.items()} for figures in stats]
+    figures = {k: torch.tensor(v) for k, v in stats.items()}
     with pytest.raises(FloatingPointError, match=says) as caught:
-        clip_gradients(model, 1.0, SCALER, *stats)
+        clip_gradients(model, 1.0, SCALER, figures)
     assert "\n" not in str(caught.value) and "lower the learning rate" in str(
         caught.value
     )
@@ -90,33 +97,120 @@ def test_with_loss_scaling_an_overflow_is_left_to_the_scaler(scale, figure, stop
         clip_gradients(model_with_gradients([INF, 1.0]), 1.0, scaler, stats)
 
 
+def half_a_step(optimizer, loss):
+    optimizer.zero_grad()
+    optimizer.backward(loss)
+    optimizer.scaler.unscale_(optimizer.optimizer)
+
+
+def scalar_model():
+    """A weight of two numbers, and its optimiser with loss scaling by 16."""
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2))})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    return model, guarded(model, sgd, scaler=torch.amp.GradScaler("cpu", 16.0))
+
+
 def test_a_half_step_is_forgotten():
     """An interrupted step, in float16: the next one is taken, at the same scale."""
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-
-    def half_step():
-        optimizer.zero_grad()
-        scaler.scale(weight.sum()).backward()
-        scaler.unscale_(optimizer)
-
-    forget_half_step(scaler, torch.device("cpu"))  # before there was any
-    half_step()
+    model, optimizer = scalar_model()
+    optimizer.resume()  # before there was any
+    half_a_step(optimizer, model["w"].sum() / 4)
     with pytest.raises(RuntimeError, match="already been called"):
-        half_step()
-    forget_half_step(scaler, torch.device("cpu"))
-    half_step()
-    scaler.step(optimizer)
-    scaler.update()
-    assert weight.tolist() == [0.5, 0.5] and scaler.get_scale() == 16.0
-    forget_half_step(SCALER, torch.device("cpu"))  # one that does nothing
+        half_a_step(optimizer, model["w"].sum() / 4)
+    optimizer.resume()
+    optimizer.zero_grad()
+    optimizer.backward(model["w"].sum() / 4)
+    optimizer.step(loss=torch.tensor(0.5))
+    assert model["w"].tolist() == [0.875, 0.875]
+    assert optimizer.scaler.get_scale() == 16.0
+    _, plain = scalar_model()
+    plain.scaler = SCALER
+    plain.resume()  # one that does nothing
+
+
+def test_the_state_of_an_optimiser_comes_back():
+    """Two steps, or one and its state in another: the same, with momentum and scale."""
+    found = []
+    for handed_over in (False, True):
+        model, optimizer = scalar_model()
+        optimizer.optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+        for step in range(2):
+            if step and handed_over:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = guarded(
+                    model,
+                    torch.optim.Adam(model.parameters(), lr=0.1),
+                    scaler=torch.amp.GradScaler("cpu", 2.0),
+                )
+                optimizer.load_state_dict(state)
+                assert optimizer.scaler.get_scale() == 16.0
+            optimizer.zero_grad()
+            optimizer.backward((model["w"] * torch.tensor([1.0, 3.0 + step])).sum())
+            optimizer.step(loss=torch.tensor(0.0))
+        found.append(model["w"].detach())
+    assert torch.equal(*found) and (found[0] - 1).abs().min() > 0.5
+
+
+class Numbers:
+    """A batch of numbers, each with a number of tokens."""
+
+    def __init__(self, numbers, tokens):
+        self.numbers, self.tokens = torch.tensor(numbers), torch.tensor(tokens)
+
+    @property
+    def n_tokens(self):
+        return self.tokens.sum()
+
+    def pieces(self, size):
+        for i in range(0, len(self.numbers), size):
+            part = slice(i, i + size)
+            yield Numbers(self.numbers[part].tolist(), self.tokens[part].tolist())
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_gradients_in_pieces_by_hand(size):
+    """The mean over tokens; the largest of what is called so."""
+    model, optimizer = scalar_model()
+    batch = Numbers([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4])
+
+    def loss(model, batch, settings):
+        mean = (batch.numbers * batch.tokens).sum() / batch.n_tokens
+        figures = {"mean": mean, "number_max": batch.numbers.max()}
+        return mean * model["w"].sum(), figures
+
+    settings = dataclasses.replace(
+        LOOP_SETTINGS, ppo_minibatch_size=4, ppo_micro_batch_size=size
+    )
+    figures = accumulate_gradients(loss, model, batch, optimizer, settings)
+    assert figures["mean"].item() == pytest.approx(3.0)  # (1 + 4 + 9 + 16) / 10
+    assert figures["number_max"].item() == 4.0
+    assert (model["w"].grad / 16).tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="RLHF_PRESET=tiny"):
+        assert get_device(FULL).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, dtype):
+    """A T4 (7.5) emulates bfloat16 and says that it supports it; it gets float16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    device = torch.device("cuda")
+    assert trunk_dtype(FULL, device) == dtype
+    assert trunk_dtype(FULL, torch.device("cpu")) == torch.float32
+    forced = dataclasses.replace(FULL, precision="float32")
+    assert trunk_dtype(forced, device) == torch.float32
 
 
 @pytest.fixture
 def started():
     """The two functions of the loop, a policy, its optimiser, and a first rollout."""
-    loop = import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-update")
+    loop = import_cells("3-RLHF.ipynb", *CELLS)
     policy = PolicyWithValueHead(small_lm()).double().eval()
     rollout = collect(loop, policy, freeze(small_lm(seed=1)))
     return loop["ppo_update"], policy, rollout
@@ -125,11 +219,12 @@ def started():
 SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=24, ppo_micro_batch_size=4)
 
 
-def update(started, settings, lr=1e-3):
+def update(started, settings, lr=1e-3, optimizer=None):
     ppo_update, policy, rollout = started
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
+    adam = torch.optim.AdamW(policy.parameters(), lr=lr)
+    optimizer = optimizer or guarded(policy, adam, settings)
     generator = torch.Generator().manual_seed(0)
-    return ppo_update(policy, optimizer, SCALER, rollout, settings, generator)
+    return ppo_update(policy, optimizer, rollout, settings, generator)
 
 
 def test_ppo_keeps_the_last_good_weights(started):
@@ -172,18 +267,13 @@ def test_an_update_ends_early_beyond_the_bound(started, survived):
     trained = copy.deepcopy(policy)
     stats = update((started[0], trained, started[2]), free, lr=0.05)
     assert stats["optimizer_steps"].item() == 8
-    # of each minibatch, from its three pieces by their share of its tokens
-    order = started[2].minibatches(4, 12, torch.Generator().manual_seed(0))
-    pieces = [piece for minibatch in order for piece in minibatch.split(4)]
-    tokens = torch.stack([started[2].mask[piece].sum() for piece in pieces]).view(8, 3)
-    kls = (stats["approx_kl"].view(8, 3) * tokens).sum(1) / tokens.sum(1)
-    assert kls[0] < 1e-9 < kls[1]
-    # A bound for which it matters that the KL is the minibatch's, not the last piece's
-    last_pieces = stats["approx_kl"].view(8, 3)[:, -1]
+    kls = stats["approx_kl"]  # of the minibatches
+    assert len(kls) == 8 and kls[0] < 1e-9 < kls[1]
+    # A bound that the second or a later one is the first to exceed
     bound = next(
         bound
         for bound in torch.linspace(1e-3, kls.max().item(), 200).tolist()
-        if 1 < (kls > bound).int().argmax() != (last_pieces > bound).int().argmax()
+        if (kls > bound).int().argmax() > 1
     )
     first = int((kls > bound).int().argmax())
     bounded = copy.deepcopy(policy)
@@ -192,27 +282,24 @@ def test_an_update_ends_early_beyond_the_bound(started, survived):
     assert stats["optimizer_steps"].item() == first
     said = f"the update ends after {first} of 8 steps, and the record says so"
     survived(f"approx_kl above max_approx_kl ({bound:.2g})", said)
-    assert len(stats["approx_kl"]) == 3 * (first + 1)  # what ended it is in the records
+    assert len(stats["approx_kl"]) == first + 1  # what ended it is in the records
     # The same first steps by hand
     by_hand = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.05)
-    steps = []
+    optimizer = guarded(by_hand, torch.optim.AdamW(by_hand.parameters(), lr=0.05), free)
+    steps, step = [], optimizer.step
 
     class Stop(Exception):
         pass
 
-    class Counting(torch.amp.GradScaler):
-        def step(self, optimizer):
-            if len(steps) == first:
-                raise Stop
-            steps.append(1)
-            return super().step(optimizer)
+    def counted(**figures):
+        if len(steps) == first:
+            raise Stop
+        steps.append(1)
+        step(**figures)
 
+    optimizer.step = counted
     with pytest.raises(Stop):
-        started[0](
-            *(by_hand, optimizer, Counting("cpu", enabled=False), started[2], free),
-            torch.Generator().manual_seed(0),
-        )
+        update((started[0], by_hand, started[2]), free, optimizer=optimizer)
     for a, b in zip(bounded.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -224,16 +311,16 @@ def test_an_update_ends_early_beyond_the_bound(started, survived):
         ("old_logprobs", "policy"),
         ("ref_logprobs", "reference"),
         ("old_values", "value head of the policy"),
+        ("advantages", "function that makes the advantages"),
     ],
 )
 def test_a_rollout_with_a_number_that_is_not_finite(started, survived, name, who):
     rollout = started[2]
-    fields = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
-    broken = fields[name].clone()
+    broken = getattr(rollout, name).clone()
     broken.view(-1)[2] = NAN
     says = f"^one of the {name} is nan; check the {who} "
     with pytest.raises(ValueError, match=says) as caught:
-        type(rollout)(**{**fields, name: broken})
+        dataclasses.replace(rollout, **{name: broken})
     survived(f"a rollout in which one of the {name} is nan", str(caught.value))
 
 
@@ -254,7 +341,7 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     """In a real kernel; the error is raised by hand, since no GPU is needed here."""
     cells = [
         "from utils.settings import TINY\n"
-        "from utils.support.guards import advise_on_memory\n"
+        "from utils.support.notebook import advise_on_memory\n"
         "advise_on_memory(TINY, 'policy')",
         OUT_OF_MEMORY,
         "print(kept, held() is None)",

@@ -1,0 +1,1 @@
+"""For maintainers: names in links, pictures, expected figures."""

@@ -1,0 +1,40 @@
+"""Checks of PPO's pieces, for pytest and for learners: `check_gae(my_function)`.
+
+Each check draws inputs from a seed, works the answer out from a definition of its
+own, token by token in plain Python, and prints the largest difference. Where a
+function is wrong, it names the known mistake that gives the same answer. Nothing here
+uses `utils.ppo`: an expectation made by the code under test would prove nothing.
+
+    from utils.practice.checks import check_gae
+
+    check_gae(my_gae)                    # prints one line, never raises
+    assert check_gae(my_gae, seed=7)     # in a test
+
+Any callable with the arguments of the function in `utils` will do.
+"""
+
+from utils.practice.checks.advantages import check_gae, check_whiten
+from utils.practice.checks.comparison import Result, compare
+from utils.practice.checks.losses import check_policy_loss, check_value_loss
+from utils.practice.checks.models import (
+    check_evaluate_responses,
+    check_lm_labels,
+    check_reward_head,
+    check_token_logprobs,
+)
+from utils.practice.checks.rewards import check_kl_estimate, check_token_rewards
+
+__all__ = [
+    "Result",
+    "compare",
+    "check_whiten",
+    "check_gae",
+    "check_policy_loss",
+    "check_value_loss",
+    "check_token_rewards",
+    "check_kl_estimate",
+    "check_token_logprobs",
+    "check_lm_labels",
+    "check_evaluate_responses",
+    "check_reward_head",
+]

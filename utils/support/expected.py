@@ -1,0 +1,25 @@
+"""What the tiny preset is expected to measure: mean and spread over several seeds.
+
+`python -m tools.expected` measures `expected.json`, which lies beside this file.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).with_name("expected.json")
+
+
+def expected(settings) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each figure after training, by its name.
+
+    Empty if they do not apply: with other settings, and on a GPU (they were measured
+    on a CPU, in float32).
+    """
+    measured = json.loads(FILE.read_text())
+    if settings.that_change("figures") != measured["settings"]:
+        return {}
+    if torch.cuda.is_available():
+        return {}
+    return {name: tuple(found) for name, found in measured["figures"].items()}

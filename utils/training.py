@@ -1,0 +1,193 @@
+"""What every training loop does and no lesson is about: device, precision, one step."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import utils
+from utils.settings import Settings
+
+
+def seed_everything(seed: int):
+    """Seed Python and torch (CPU and GPU), so that a cell can be repeated."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_device(settings: Settings) -> torch.device:
+    """The GPU if there is one, else the CPU, with a warning if that will be slow."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if settings.preset == "full":
+        warnings.warn(
+            "no CUDA GPU found: on a CPU the preset 'full' takes hours per notebook "
+            "(an estimate). On Colab choose Runtime > Change runtime type > T4 GPU; "
+            "anywhere, RLHF_PRESET=tiny runs in minutes. Going on with the CPU.",
+            stacklevel=2,
+        )
+    return torch.device("cpu")
+
+
+def trunk_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The precision of the trunk: what `precision` says, or the device's best.
+
+    bfloat16 from compute capability 8.0. torch.cuda.is_bf16_supported() also says
+    yes where bfloat16 is emulated, as on Colab's T4; float16 is fast there.
+    """
+    if settings.precision != "auto":
+        return getattr(torch, settings.precision)
+    if device.type != "cuda":
+        return torch.float32
+    capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if capable else torch.float16
+
+
+def autocast(settings: Settings, device: torch.device):
+    """A context in which the trunk computes in its precision."""
+    dtype = trunk_dtype(settings, device)
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def check_code_is_current():
+    """Raise RuntimeError if a file of `utils` has changed since it was imported.
+
+    The kernel would go on with the old code, while the new one is shown.
+    """
+    if changed := utils.changed_files():
+        raise RuntimeError(
+            f"{' and '.join(changed)} changed after this kernel had imported the old "
+            "version, which would run on; restart the kernel, and run the cells again"
+        )
+
+
+class GuardedOptimizer:
+    """An optimiser with what stands around a step: zero_grad, backward, step.
+
+    Loss scaling where the trunk computes in float16, whose small gradients would be
+    rounded to 0; a bound on the norm of the gradients; and a look that no loss and no
+    gradient is NaN or infinite. Raises RuntimeError if a file of `utils` was edited
+    since it was imported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        max_grad_norm: float = 1.0,
+    ):
+        check_code_is_current()
+        self.model, self.optimizer = model, optimizer
+        self.max_grad_norm = max_grad_norm
+        self.device = next(model.parameters()).device
+        scaled = trunk_dtype(settings, self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+
+    def resume(self):
+        """Go on after a step that may have been interrupted, as if it had not begun.
+
+        The loss scaling would refuse the next step otherwise. Its scale stays. Raises
+        RuntimeError as the constructor does.
+        """
+        check_code_is_current()
+        # There is no scale before the first loss
+        self.scaler.scale(torch.zeros((), device=self.device))
+        self.scaler.update(self.scaler.get_scale())
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: torch.Tensor):
+        """Add the gradients of this loss to those that are there."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, **figures: torch.Tensor):
+        """One step along the gradients.
+
+        `figures` are the losses and statistics of this step, by name. Raises
+        FloatingPointError, before anything has changed, if one of them or a gradient
+        is not finite: see `clip_gradients`.
+        """
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.model, self.max_grad_norm, self.scaler, figures)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict:
+        """What a step depends on beside the weights."""
+        states = {"optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in states.items()}
+
+    def load_state_dict(self, state: dict):
+        """Put back what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def accumulate_gradients(
+    loss: Callable, model: nn.Module, batch, optimizer: GuardedOptimizer, settings
+) -> dict[str, torch.Tensor]:
+    """The gradients of `loss(model, batch, settings)`, worked out piece by piece.
+
+    The loss is a mean over the batch's response tokens, and comes with its figures, by
+    name. Each piece (a micro-batch, of `ppo_micro_batch_size`) weighs as much as its
+    share of the tokens, so that the sum is that of the whole batch. Returns the
+    figures of the whole batch: means, and the largest of what ends in `_max`.
+    """
+    figures = {}
+    for piece in batch.pieces(settings.ppo_micro_batch_size):
+        share = piece.n_tokens / batch.n_tokens
+        value, found = loss(model, piece, settings)
+        optimizer.backward(value * share)
+        for name, x in found.items():
+            if name.endswith("_max"):
+                figures[name] = torch.maximum(figures.get(name, x), x).detach()
+            else:
+                figures[name] = (figures.get(name, 0) + x * share).detach()
+    return figures
+
+
+def clip_gradients(
+    model: nn.Module,
+    max_norm: float,
+    scaler: torch.amp.GradScaler,
+    figures: dict[str, torch.Tensor],
+):
+    """`torch.nn.utils.clip_grad_norm_`, which lets no NaN and no infinity pass.
+
+    With loss scaling a gradient may overflow: the scaler then leaves this step out and
+    lowers its scale, and only a scale below 1 shows that something else is wrong.
+    Raises FloatingPointError, and names the figure or the weight, if anything else is
+    not finite; nothing was changed then, and the gradients are as they came.
+    """
+    weights = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights.values()])
+    # Looked at all together, since the CPU waits for a GPU at each look
+    numbers = [x.detach().double().flatten() for x in (norm, *figures.values())]
+    if not torch.cat(numbers).isfinite().all():
+        for name, value in figures.items():
+            if not value.isfinite().all():
+                value = value[~value.isfinite()][0]
+                raise _not_finite(f"the {name.replace('_', ' ')}", value)
+        bad = {n: p.grad for n, p in weights.items() if not p.grad.isfinite().all()}
+        if not bad or not scaler.is_enabled() or scaler.get_scale() < 1:
+            name, grad = next(iter(bad.items()), ("all weights together", norm))
+            value = grad[~grad.isfinite()][0]
+            many = f" (and of {len(bad) - 1} other weights)" if len(bad) > 1 else ""
+            raise _not_finite(f"the gradient of {name}{many}", value)
+    torch.nn.utils.clip_grads_with_norm_(weights.values(), max_norm, norm)
+
+
+def _not_finite(what, value):
+    return FloatingPointError(
+        f"{what} is {value.item()}, so this step was not taken and the weights are "
+        "those of the step before; lower the learning rate, or set precision to "
+        "float32, and run the notebook again from its settings cell"
+    )
