@@ -790,7 +790,7 @@ def in_the_exact_world(name, wrong_function, mistake):
         found = import_cells("more/4-Estimators.ipynb", "loop", "train-exactly")
         if wrong:
             found["lesson3"].ppo_advantages.__globals__[name] = wrong_function
-        world = exact_world.ExactWorld(seed=0)
+        world = exact_world.ExactWorld(seed=1)
         lm = found["train_exactly"](world, 0.5, seed=0)
         assert world.reached(lm, 0.5) >= 0.98, "misses the optimum"
 

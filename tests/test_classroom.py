@@ -213,6 +213,10 @@ class Kernel:
             (place,) = (i for i, cell in enumerate(self.cells) if cell.id == cell_id)
             self.client.execute_cell(self.cells[place], place)
 
+    def cell(self, cell_id):
+        (cell,) = (cell for cell in self.cells if cell.id == cell_id)
+        return cell
+
     def say(self, source):
         """Run this in a new cell."""
         self.cells.append(nbformat.v4.new_code_cell(source))
@@ -285,6 +289,57 @@ def test_every_cell_of_notebook_3_can_be_run_again(kernel, whole, tmp_path, surv
     assert len(expected["history"]) == 10
     fault = f"{NOTEBOOKS['3']}: each of {len(ids)} cells run again"
     survived(fault, "the same policy and figures")
+
+
+def recipes_of_notebook_3():
+    """The code of "Make it yours", by the title of each recipe."""
+    cells = nbformat.read(ROOT / NOTEBOOKS["3"], as_version=4).cells
+    (text,) = (cell.source for cell in cells if cell.id == "yours-text")
+    recipes = {}
+    for part in re.split(r"^\d\. ", text, flags=re.M)[1:]:
+        lines = [line[8:] for line in part.splitlines() if line.startswith(" " * 8)]
+        recipes[re.search(r"\*\*(.+?)\*\*", part)[1]] = "\n".join(lines)
+    return recipes
+
+
+def test_every_recipe_of_notebook_3_does_what_it_says(
+    kernel, whole, tmp_path, world, survived
+):
+    """Each typed into a new cell where it says, and run on from there."""
+    notebook = kernel(NOTEBOOKS["3"], **copied(whole, tmp_path, "sft", "reward_model"))
+    recipes, ids = recipes_of_notebook_3(), notebook.ids
+    place = {cell: number for number, cell in enumerate(ids)}
+    notebook.run(*ids)
+    expected, folder = figures(whole[0]), tmp_path / "tiny"
+    assert figures(folder) == expected
+
+    def printed(source):
+        notebook.say(source)
+        return "".join(o.get("text", "") for o in notebook.cells[-1].outputs)
+
+    said = printed(recipes["My own prompt"])
+    assert said.count("my uncle thinks that the film") == 6
+    assert re.findall(r"^(before|after) ", said, re.M) == ["before"] * 3 + ["after"] * 3
+    notebook.say(recipes["Another curve"])
+    assert any("image/png" in o.get("data", {}) for o in notebook.cells[-1].outputs)
+    # Another KL estimator: from the preflight on, and PPO begins anew
+    notebook.say(recipes["Another KL estimator in the reward"])
+    notebook.run(*ids[place["start"] :])
+    assert figures(folder)["history"] != expected["history"]
+    assert "had another token_rewards" in str(notebook.cell("start").outputs)
+    notebook.run("token-rewards")  # the real one again
+    # Negative instead of positive
+    notebook.say(recipes["Negative instead of positive"])
+    notebook.run(*ids[place["fresh-run"] :])
+    judged = figures(folder)
+    assert judged["after"]["judged_positive"] < judged["before"]["judged_positive"]
+    # Another data set, another model: the settings cell takes them
+    for name, value in (("My own data set", "dataset"), ("Another model", "model")):
+        source = re.sub(r'= ".*"', f'= "{world / value}"', recipes[name])
+        notebook.say(source)
+        notebook.run("settings")
+        assert printed(f"print(settings.{value}_name)").strip() == str(world / value)
+    survived("the six recipes of notebook 3", "each does what it says")
 
 
 def said_by(done, number, runs):

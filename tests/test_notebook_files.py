@@ -8,7 +8,8 @@ import statistics
 import nbformat
 import pytest
 
-from utils.support.notebook import NOTEBOOKS, ROOT
+from tests.test_classroom import recipes_of_notebook_3
+from utils.support.notebook import NOTEBOOKS, ROOT, import_cells
 
 
 @pytest.fixture(params=NOTEBOOKS.values())
@@ -97,6 +98,25 @@ def test_the_setup_cell_is_the_same_everywhere():
     assert 'USE_DRIVE = False  # @param {type:"boolean"}' in setups.pop()
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS.values())
+def test_the_sources_on_the_page_are_those_that_run(name):
+    """What `show_source` displays in the committed outputs is today's code."""
+    namespace = import_cells(name)
+    for cell in code(nbformat.read(ROOT / name, as_version=4)):
+        for call in re.findall(r"^show_source\((.*)\)$", cell.source, re.M):
+            shown = eval(f"show_source({call})", namespace).data
+            (output,) = (
+                o for o in cell.outputs if "text/markdown" in o.get("data", {})
+            )
+            assert output.data["text/markdown"] == shown, cell.id
+
+
+def test_the_recipes_are_six_of_three_lines_at_most():
+    recipes = recipes_of_notebook_3()
+    assert len(recipes) == 6
+    assert max(len(recipe.splitlines()) for recipe in recipes.values()) <= 3
+
+
 def broken_links(text, folder=ROOT):
     """The local targets of Markdown links that do not exist."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
@@ -124,7 +144,7 @@ def test_the_readme_decides_in_a_page_and_names_every_lesson():
     assert len(readme.split()) <= 900
     for name in NOTEBOOKS.values():
         assert f"({name.replace(' ', '%20')})" in readme
-    assert max(len(line) for line in readme.splitlines() if line[:4] == "    ") < 92
+    assert max(len(line) for line in readme.splitlines() if line[:4] == "    ") < 96
 
 
 def test_the_readme_shows_the_texts_and_figures_of_the_committed_run():
@@ -136,6 +156,8 @@ def test_the_readme_shows_the_texts_and_figures_of_the_committed_run():
         prompt, *texts = (text.strip() for text in row.split("|")[1:-1])
         before, after = (text.rsplit(" (", 1)[0] for text in texts)
         assert f"| {prompt} | {before} | {after} |" in readme
-    for line in cells["after"].outputs[-1].text.splitlines()[1:]:
+    (table,) = (o.text for o in cells["after"].outputs if "text" in o)
+    lines = table[table.index("mean reward") :].splitlines()
+    for line in lines:
         name, figures = line[:42].strip(), re.split(r" {2,}", line[42:].strip())
         assert f"| {name} | {' | '.join(figures)} |" in readme

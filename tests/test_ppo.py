@@ -370,14 +370,12 @@ def test_returns_vary_from_a_hundred_thousandth_of_their_size_on():
 
 
 def test_adaptive_kl_by_hand():
-    control = ppo.AdaptiveKL(kl_coef=0.2, target=6.0, horizon=10_000)
-    assert control.update(kl=6.6, n_episodes=500) == pytest.approx(
-        0.2 * (1 + 0.1 * 0.05)
-    )
-    before = control.kl_coef
-    assert control.update(60.0, 500) == pytest.approx(before * (1 + 0.2 * 0.05))
-    before = control.kl_coef
-    assert control.update(0.0, 500) == pytest.approx(before * (1 - 0.2 * 0.05))
+    """10 % above the target, then far above, then far below; each from the last."""
+    control, expected = ppo.AdaptiveKL(kl_coef=0.2, target=6.0, horizon=10_000), 0.2
+    for kl, error in ((6.6, 0.1), (60.0, 0.2), (0.0, -0.2)):
+        expected *= 1 + error * 0.05
+        assert control.update(kl, n_episodes=500) == pytest.approx(expected)
+        assert control.kl_coef == pytest.approx(expected)
 
 
 FUNCTIONS = {  # name: (function of token-shaped tensors and mask, how many tensors)

@@ -86,3 +86,9 @@ def test_what_a_setting_changes_is_said_once_for_each():
     assert kinds["policy"] == fields - sft - rm - free
     assert kinds["figures"] == fields - free - {"seed", "time_machine_prompts"}
     assert TINY.that_change("sft")["sft_lr"] == TINY.sft_lr
+
+
+def test_what_differs_from_the_preset_is_said():
+    assert TINY.changes == [] == FULL.changes
+    changed = dataclasses.replace(TINY, kl_coef=0.2, seed=7)
+    assert changed.changes == ["seed 7 instead of 42", "kl_coef 0.2 instead of 0.1"]

@@ -18,6 +18,7 @@ from utils.support.notebook import ROOT, import_cells
 from utils.training import (
     accumulate_gradients,
     clip_gradients,
+    default_preset,
     get_device,
     trunk_dtype,
 )
@@ -187,6 +188,15 @@ def test_gradients_in_pieces_by_hand(size):
     assert (model["w"].grad / 16).tolist() == pytest.approx([3.0, 3.0])
 
 
+@pytest.mark.parametrize("gpu, preset", [(True, "full"), (False, "tiny")])
+def test_the_preset_is_what_the_machine_can_do(monkeypatch, capsys, gpu, preset):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert default_preset() == preset
+    said = capsys.readouterr().out
+    assert (said == "") == gpu
+    assert gpu or "T4 GPU" in said and 'os.environ["RLHF_PRESET"] = "full"' in said
+
+
 def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="RLHF_PRESET=tiny"):
@@ -341,11 +351,15 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     """In a real kernel; the error is raised by hand, since no GPU is needed here."""
     cells = [
         "from utils.settings import TINY\n"
-        "from utils.support.notebook import advise_on_memory\n"
-        "advise_on_memory(TINY, 'policy')",
+        "from utils.support.notebook import say_errors_in_a_sentence\n"
+        "say_errors_in_a_sentence(TINY, 'policy')",
         OUT_OF_MEMORY,
         "print(kept, held() is None)",
         "1 / 0",
+        "from utils.settings import load_settings; load_settings('tyni')",
+        "raise KeyboardInterrupt",
+        "import torch\nfrom utils.ppo import masked_mean\n"
+        "masked_mean(torch.ones(2), None)",
     ]
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
     client = NotebookClient(
@@ -367,6 +381,12 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     assert outputs[3][0].ename == "ZeroDivisionError"  # other errors are as ever
     assert len(outputs[3][0].traceback) > 1
     survived("the GPU's memory is full", error.evalue)
+    # What is meant for people is one sentence, an accident inside `utils` is not
+    assert outputs[4][0].traceback == [
+        "ValueError: there is no preset 'tyni'; the nearest is 'tiny'"
+    ]
+    assert outputs[5][0].traceback == ["KeyboardInterrupt: run the cell again to go on"]
+    assert outputs[6][0].ename == "AttributeError" and len(outputs[6][0].traceback) > 1
     nbformat.validate(notebook)
 
 

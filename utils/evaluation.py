@@ -1,6 +1,7 @@
 """Paired figures before and after: the same prompts, the same seed, two models."""
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def train_judge(sentences, labels, tokenizer, seed: int, epochs: int = 3):
         return tokenize(texts, tokenizer, max_tokens=1000)
 
     rows = encode(sentences)
-    for _ in tqdm(range(epochs), desc="Train the judge"):
+    for _ in tqdm(range(epochs), desc="Train the judge", file=sys.stdout):
         for index in torch.randperm(len(rows)).split(256):
             optimizer.zero_grad()
             guess = logits([rows[i] for i in index])

@@ -2,23 +2,45 @@
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.transforms import Bbox
 
-BLUE, RED, GREY = "#3b6fb6", "#c8553d", "#8a8a8a"
+from utils.ppo import kl_estimate
 
-# The curves of PPO: the key in the history, the title, a level to compare with.
+BLUE, RED, GREY, GREEN = "#3b6fb6", "#c8553d", "#8a8a8a", "#4c9f70"
+
+# The curves of PPO: the key in the history, the title, the unit, and what is healthy
 CURVES = [
-    ("score", "score (normalised)", None),
-    ("kl", "KL to the reference [nats]", None),
-    ("entropy", "entropy [nats per token]", None),
-    ("approx_kl", "approx_kl of an update [nats]", None),
-    ("clip_fraction", "clip fraction", None),
-    ("ratio_mean", "mean ratio", 1),
-    ("ratio_max", "largest ratio", 1),
-    ("value_loss", "value loss", None),
-    ("explained_variance", "explained variance", 0),
-    ("eos_rate", "EOS rate", 1),
-    ("length", "response length [tokens]", None),
-    ("kl_coef", "KL coefficient β", None),
+    ("score", "score", "normalised score", None),
+    ("kl", "KL to the reference", "nats per response", (0, 15)),
+    ("entropy", "entropy", "nats per token", None),
+    ("approx_kl", "approx_kl of an update", "nats per token", (0, 0.02)),
+    ("clip_fraction", "clip fraction", "share of the tokens", (0, 0.2)),
+    ("explained_variance", "explained variance", "share of the variance", (0, 1)),
+]
+
+
+# Where a label may stand around its point, the best first [points]
+DIRECTIONS = ((0, 9), (10, 0), (0, -9), (-10, 0), (9, 7), (9, -7), (-9, 7), (-9, -7))
+
+BOXES = {  # name: (x, y, text, colour, notebook)
+    "gpt2": (0.9, 3, "GPT-2", GREY, None),
+    "sft": (3.6, 4.6, "1 · SFT\npredict the next token\nof film reviews", BLUE, 1),
+    "rm": (3.6, 1.4, "2 · Reward model\npredict the label:\npraise or blame", RED, 2),
+    "policy": (7.2, 4.6, "policy\nwrites a review", BLUE, 3),
+    "reference": (10.6, 4.6, "frozen reference\nhow far has it strayed?", GREY, 3),
+    "reward": (7.2, 1.4, "reward model\nscores it", RED, 3),
+    "update": (10.6, 1.4, "3 · PPO\nbetter than expected?\nmake it likelier", BLUE, 3),
+}
+ARROWS = [  # from, to
+    ("gpt2", "sft"),
+    ("gpt2", "rm"),
+    ("sft", "policy"),
+    ("rm", "reward"),
+    ("policy", "reward"),
+    ("policy", "reference"),
+    ("reward", "update"),
+    ("reference", "update"),
+    ("update", "policy"),
 ]
 
 
@@ -100,16 +122,23 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     return figure
 
 
-def plot_ppo(history: list[dict]):
-    """The curves of a PPO run, one point per rollout."""
-    figure, axes = _axes(3, 4)
-    for axis, (name, title, level) in zip(axes.flat, CURVES, strict=True):
-        if level is not None:
-            axis.axhline(level, color=GREY, linestyle="--", linewidth=1)
+def plot_ppo(history: list[dict], before: list[dict] = ()):
+    """The curves of a PPO run, one point per rollout, over what is healthy (green).
+
+    `before` is the history of another run, for comparison, in grey.
+    """
+    figure, axes = _axes(2, 3, width=4.2, height=3)
+    for axis, (name, title, unit, healthy) in zip(axes.flat, CURVES, strict=True):
+        axis.plot([step[name] for step in before], color=GREY, linewidth=1)
         axis.plot([step[name] for step in history], color=BLUE)
-        axis.set_title(title, fontsize=10)
+        low, high = axis.get_ylim()
+        if healthy:
+            axis.axhspan(*healthy, color=GREEN, alpha=0.12, linewidth=0)
+            low, high = min(low, healthy[0]), high if name == "kl" else max(high, 0.01)
+        axis.set(title=title, ylabel=unit, ylim=(low, high))
     for axis in axes[-1]:
         axis.set_xlabel("rollout")
+    figure.get_layout_engine().set(hspace=0.08)
     return figure
 
 
@@ -144,23 +173,119 @@ def plot_frontier(points: dict[str, list[dict]]):
     nats, and `shares`: the share of texts that each judge calls positive.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
-    figure, axes = _axes(1, len(judges), width=3.8, height=3.4)
-    # Where the labels stand: to the lower right of a point, to the right, or above it
-    styles = [(BLUE, "o", (5, -11)), (RED, "s", (-2, 6)), ("black", "*", (6, -3))]
+    figure, axes = _axes(1, len(judges), width=4.2, height=3.8)
+    styles = [(BLUE, "o"), (RED, "s"), ("black", "*")]
     for axis, judge in zip(figure.axes, judges, strict=True):
-        for (way, line), (colour, marker, offset) in zip(
-            points.items(), styles, strict=False
-        ):
+        for (way, line), (colour, marker) in zip(points.items(), styles, strict=False):
             line = sorted(line, key=lambda point: point["kl"])
             places = [(point["kl"], point["shares"][judge]) for point in line]
             x, y = zip(*places, strict=True)
             axis.plot(x, y, marker=marker, markersize=7, color=colour, label=way)
-            for point, place in zip(line, places, strict=True):
-                options = {"textcoords": "offset points", "fontsize": 8}
-                axis.annotate(point["label"], place, offset, color=colour, **options)
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
         axis.sharey(figure.axes[0])
-        axis.margins(x=0.12, y=0.12)
+        axis.margins(x=0.15, y=0.15)
     figure.axes[0].set_ylabel("share judged positive")
     figure.axes[-1].legend(frameon=False, loc="lower right")
+    figure.canvas.draw()  # from here on it is known where everything stands
+    for axis, judge in zip(figure.axes, judges, strict=True):
+        _label_points(axis, judge, points, [colour for colour, _ in styles])
+    return figure
+
+
+def _label_points(axis, judge, points, colours):
+    """A label beside each point, where it hides neither a point nor another label."""
+    named = [
+        (point["label"], (point["kl"], point["shares"][judge]), colour)
+        for line, colour in zip(points.values(), colours, strict=False)
+        for point in line
+    ]
+    dots = [axis.transData.transform(place) for _, place, _ in named]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    around = [(r * dx, r * dy) for r in (1, 2, 3) for dx, dy in DIRECTIONS]
+    for label, place, colour in named:
+        options = {"textcoords": "offset points", "ha": "center", "va": "center"}
+        text = axis.annotate(label, place, (0, 0), fontsize=8, color=colour, **options)
+        for offset in around:
+            text.set_position(offset)
+            box = text.get_window_extent().padded(1)
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+def plot_stages(here: int = 0):
+    """GPT-2 becomes the SFT model and the reward model; PPO goes round with both.
+
+    `here` is the number of the notebook to mark: 1, 2 or 3; 0 marks none.
+    """
+    figure, axis = plt.subplots(figsize=(9.5, 4.2), layout="constrained")
+    axis.set(xlim=(0, 12.4), ylim=(0.4, 5.6))
+    axis.axis("off")
+    drawn = {}
+    for name, (x, y, text, colour, notebook) in BOXES.items():
+        face = "#fff3c4" if notebook == here else "white"
+        box = {"boxstyle": "round,pad=0.6", "facecolor": face, "edgecolor": colour}
+        drawn[name] = axis.text(x, y, text, ha="center", va="center", bbox=box)
+    if here:
+        axis.text(0.1, 5.4, f"yellow: this notebook, {here} of 3", va="top")
+    figure.canvas.draw()
+    for start, end in ARROWS:
+        style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 4, "shrinkB": 4}
+        ends = {"patchA": drawn[start], "patchB": drawn[end]}
+        style |= {name: text.get_bbox_patch() for name, text in ends.items()}
+        axis.annotate("", BOXES[end][:2], BOXES[start][:2], arrowprops=style)
+    return figure
+
+
+def plot_kl_estimators(pi: torch.Tensor, ref: torch.Tensor):
+    """k1, k2 and k3 over the log-ratio; and mean and spread of each under pi (V,)."""
+    figure, (left, right) = _axes(1, 2, width=4.8, height=3.4)
+    colours = {"k1": BLUE, "k2": GREY, "k3": RED}
+    ratios = torch.linspace(-1.5, 1.5, 100)
+    exact = (pi * (pi / ref).log()).sum()
+    right.axhline(exact, color="k", linestyle="--", linewidth=1, label="exact KL")
+    for kind, colour in colours.items():
+        left.plot(ratios, kl_estimate(ratios, 0 * ratios, kind), color=colour)
+        left.annotate(kind, (1.5, kl_estimate(ratios, 0 * ratios, kind)[-1]))
+        estimates = kl_estimate(pi.log(), ref.log(), kind)
+        mean = (pi * estimates).sum()
+        spread = (pi * (estimates - mean) ** 2).sum().sqrt()
+        right.errorbar(kind, mean, spread, fmt="o", capsize=6, color=colour)
+    left.axhline(0, color="k", linewidth=0.5)
+    left.set(title="one token", xlabel="log-ratio ℓ = log π − log π_ref [nats]")
+    left.set_ylabel("estimate [nats]")
+    right.set(title="mean and standard deviation", ylabel="nats")
+    right.legend(frameon=False)
+    return figure
+
+
+def plot_clipping(clip_range: float):
+    """The loss of one token over its ratio, for a good and for a bad one."""
+    figure, axes = _axes(1, 2, width=4.8, height=3.4)
+    ratio = torch.linspace(0.4, 1.6, 200)
+    near = ratio.clamp(1 - clip_range, 1 + clip_range)
+    for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
+        loss = torch.maximum(-advantage * ratio, -advantage * near)
+        axis.plot(ratio, -advantage * ratio, "--", color=GREY, label="−A ρ")
+        axis.plot(ratio, loss, color=BLUE, label="clipped")
+        axis.axvspan(1 - clip_range, 1 + clip_range, color=GREEN, alpha=0.12)
+        axis.axvline(1, color="k", linewidth=0.5)
+        kind = "better than expected" if advantage > 0 else "worse than expected"
+        axis.set(title=f"A = {advantage:+.0f}: {kind}", xlabel="ratio ρ", ylabel="loss")
+        axis.legend(frameon=False)
+    return figure
+
+
+def plot_response(tokens: list[str], bars: dict[str, list[float]]):
+    """What PPO knows of each token of a response: one row of bars for each name."""
+    size = (max(6.0, 0.8 * len(tokens) + 1.5), 1.4 * len(bars))
+    figure, axes = plt.subplots(len(bars), figsize=size, sharex=True)
+    figure.set_layout_engine("constrained")
+    for axis, (name, values) in zip(axes, bars.items(), strict=True):
+        colours = [BLUE if value >= 0 else RED for value in values]
+        axis.bar(range(len(tokens)), values, color=colours)
+        axis.axhline(0, color="k", linewidth=0.5)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xticks(range(len(tokens)), tokens)
     return figure

@@ -137,6 +137,15 @@ class Settings:
         if "above" in rule and value <= rule["above"]:
             raise ValueError(f"{one.name} must be above {rule['above']}, got {value}")
 
+    @property
+    def changes(self) -> list[str]:
+        """What differs from the preset, each as a text."""
+        return [
+            f"{name} {value!r} instead of {getattr(PRESETS[self.preset], name)!r}"
+            for name, value in dataclasses.asdict(self).items()
+            if value != getattr(PRESETS[self.preset], name)
+        ]
+
     def that_change(self, what: str) -> dict:
         """The settings on which one of ALL depends, by name."""
         return {

@@ -18,6 +18,18 @@ def seed_everything(seed: int):
     torch.manual_seed(seed)
 
 
+def default_preset() -> str:
+    """`full` where there is a CUDA GPU, else `tiny`; prints how to get `full` then."""
+    if torch.cuda.is_available():
+        return "full"
+    print(
+        "no CUDA GPU, so this is the preset 'tiny': a small generated world. For GPT-2 "
+        "on SST-2 choose, on Colab, Runtime > Change runtime type > T4 GPU; anywhere, "
+        'os.environ["RLHF_PRESET"] = "full" in the cell above (hours on a CPU)'
+    )
+    return "tiny"
+
+
 def get_device(settings: Settings) -> torch.device:
     """The GPU if there is one, else the CPU, with a warning if that will be slow."""
     if torch.cuda.is_available():

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,8 +278,8 @@ def pretrain(
     )
     stream = []
     shape = (options["batch_size"], options["length"])
-    steps = range(options["steps"])
-    for _ in tqdm(steps, desc="Pre-train the tiny GPT-2", disable=not show_progress):
+    bar = {"desc": "Pre-train the tiny GPT-2", "disable": not show_progress}
+    for _ in tqdm(range(options["steps"]), **bar, file=sys.stdout):
         while len(stream) < shape[0] * shape[1]:
             documents = [write_document(rng) for _ in range(200)]
             for ids in tokenizer(documents)["input_ids"]:

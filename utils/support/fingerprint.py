@@ -11,7 +11,7 @@ import types
 import torch
 from torch import nn
 
-PLAIN = int | float | str | bytes | bool | None | tuple | torch.dtype
+PLAIN = int | float | str | bytes | bool | None | torch.dtype
 LIBRARIES = tuple({sysconfig.get_path(x) for x in ("stdlib", "purelib", "platlib")})
 
 
@@ -38,6 +38,8 @@ def fingerprints_of_code(*functions) -> dict[str, str]:
         if isinstance(thing, functools.partial):
             values = (thing.func, *thing.args, *thing.keywords.values())
             queue += [(name, value) for value in values]
+        elif isinstance(thing, tuple):
+            queue += [(f"{name}[{i}]", value) for i, value in enumerate(thing)]
         elif isinstance(thing, PLAIN):
             found.setdefault(name, set()).add(repr(thing))
         elif isinstance(thing, types.FunctionType | type) and _is_ours(thing):
@@ -64,9 +66,9 @@ def _is_ours(thing) -> bool:
 def _of(function):
     """What a function does, and by name the things that it uses."""
     said, read, attributes = _of_code(function.__code__, function.__doc__)
-    said += repr((function.__defaults__, function.__kwdefaults__))
     known = {name: x for name, x in function.__globals__.items() if name in read}
-    uses = list(known.items())
+    defaults = (function.__defaults__ or (), *(function.__kwdefaults__ or {}).values())
+    uses = [*known.items(), (f"default of {function.__name__}", defaults)]
     for module in known.values():  # of `ppo.policy_loss`, policy_loss
         if isinstance(module, types.ModuleType) and _is_ours(module):
             uses += [(n, getattr(module, n)) for n in attributes if hasattr(module, n)]
@@ -88,6 +90,8 @@ def _of_code(code, doc=None):
             inner, more, further = _of_code(constant)
             said.append(inner)
             read, attributes = read | more, attributes | further
+        elif isinstance(constant, frozenset):  # printed in another order next time
+            said.append(repr(sorted(map(repr, constant))))
         elif constant is None or constant != doc:  # what it says of itself may change
             said.append(repr(constant))
     return "".join(said), read, attributes

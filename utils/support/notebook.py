@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import linecache
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -20,6 +22,7 @@ NOTEBOOKS = {  # in the order of the lessons, by number
     "4": "more/4-Estimators.ipynb",
     "6": "more/6-Frontier.ipynb",
 }
+MEANT_FOR_PEOPLE = (torch.OutOfMemoryError, KeyboardInterrupt)
 SERIES = ("1", "2", "3")  # what everybody reads; the others go further
 
 # What takes memory while each artefact is made
@@ -41,7 +44,8 @@ def show_source(*things) -> Markdown:
     Raises RuntimeError if it is no longer what the kernel runs.
     """
     check_code_is_current()
-    return Markdown("```python\n" + "\n\n".join(map(inspect.getsource, things)) + "```")
+    sources = [textwrap.dedent(inspect.getsource(thing)) for thing in things]
+    return Markdown("```python\n" + "\n\n".join(sources) + "```")
 
 
 def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> dict:
@@ -69,11 +73,13 @@ def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> di
     return namespace
 
 
-def advise_on_memory(settings, artefact: str):
-    """From now on, a GPU that is full ends a cell with the numbers to lower.
+def say_errors_in_a_sentence(settings, artefact: str):
+    """From now on, an error that is meant for people ends a cell in one sentence.
 
-    Only in a notebook. `artefact` is what this one makes. What the failed cell held on
-    the GPU is freed, so that it can be run again.
+    Only in a notebook. Those are the errors that `utils` raises itself, an interrupt,
+    and a GPU that is full, for which the numbers are named that make this artefact
+    smaller. What the failed cell held on the GPU is freed then, so that it can be run
+    again. Other errors keep their traceback.
     """
     if (shell := get_ipython()) is None:
         return
@@ -83,11 +89,23 @@ def advise_on_memory(settings, artefact: str):
         "(as RLHF_... in the environment), and run again from the settings cell"
     )
 
-    def advise(shell, kind, error, trace, tb_offset=None):
-        traceback.clear_frames(trace)  # they hold the tensors
-        torch.cuda.empty_cache()
-        error.args = (advice,)
-        error._render_traceback_ = lambda: [f"{kind.__name__}: {advice}"]
+    def say(shell, kind, error, trace, tb_offset=None):
+        if kind is torch.OutOfMemoryError:
+            traceback.clear_frames(trace)  # they hold the tensors
+            torch.cuda.empty_cache()
+            error.args = (advice,)
+        if kind in MEANT_FOR_PEOPLE or _raised_by_us(error, trace):
+            said = str(error) or "run the cell again to go on"
+            error._render_traceback_ = lambda: [f"{kind.__name__}: {said}"]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    shell.set_custom_exc((torch.OutOfMemoryError,), advise)
+    shell.set_custom_exc((*MEANT_FOR_PEOPLE, Exception), say)
+
+
+def _raised_by_us(error, trace) -> bool:
+    """Whether a line of `utils` raised it on purpose, with a sentence."""
+    *_, (frame, line) = traceback.walk_tb(trace)
+    file = frame.f_code.co_filename
+    if not file.startswith(str(ROOT / "utils")) or "\n" in str(error):
+        return False
+    return linecache.getline(file, line).strip().startswith("raise ")

@@ -13,8 +13,13 @@ from utils.inputs import check_context
 from utils.models import load_config
 from utils.practice import tiny_world
 from utils.rollout import evaluate_responses, in_pieces
-from utils.support.notebook import advise_on_memory
-from utils.training import autocast, check_code_is_current, trunk_dtype
+from utils.support.notebook import say_errors_in_a_sentence
+from utils.training import (
+    autocast,
+    check_code_is_current,
+    get_device,
+    trunk_dtype,
+)
 
 GIB = 2**30
 HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precision
@@ -23,13 +28,13 @@ HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precisio
 def prepare(settings, artefact: str):
     """Have everything at hand that the settings name, and see that it fits together.
 
-    Builds the tiny world if it is used, and sees to it that a GPU without memory says
-    what to lower to make this artefact. Raises ValueError if texts of these settings
+    Builds the tiny world if it is used, sees to it that errors are said in a sentence,
+    and prints what is trained on what. Raises ValueError if texts of these settings
     are too long for the model, or if the tokenizer knows more words than it, and
     RuntimeError if a file of `utils` was edited under this kernel.
     """
     check_code_is_current()
-    advise_on_memory(settings, artefact)
+    say_errors_in_a_sentence(settings, artefact)
     tiny_world.prepare(settings)
     name = settings.model_name
     config, tokenizer = load_config(name), load_tokenizer(name)
@@ -39,6 +44,12 @@ def prepare(settings, artefact: str):
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model only "
             f"{config.vocab_size}; take the tokenizer that belongs to it"
         )
+    device = get_device(settings)
+    precision = str(trunk_dtype(settings, device)).removeprefix("torch.")
+    print(f"preset: {settings.preset}, on {device} in {precision}")
+    print(f"model: {name}, data set: {settings.dataset_name}")
+    if settings.changes:
+        print(f"changed: {', '.join(settings.changes)}")
 
 
 def _dropout(models):

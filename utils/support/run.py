@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from asyncio import InvalidStateError
 from pathlib import Path
@@ -13,6 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
+from utils import plots
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.checkpoint import CHECKPOINT
@@ -20,6 +22,7 @@ from utils.support.expected import expected
 from utils.support.notebook import NOTEBOOKS, ROOT, SERIES
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+DRAWS = re.compile(r"\b(plot_\w+)\(")  # a function of utils/plots.py
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
 EARLIER_FIGURES = {
     "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
@@ -48,14 +51,21 @@ class Client(NotebookClient):
 
 
 def _tidy(notebook):
-    """Take out what only a live page can show: GitHub refuses widgets without state."""
+    """Take out what only a live page can show, and say in words what a picture shows.
+
+    GitHub refuses widgets without state; who cannot see is read the first line of the
+    function that drew the picture.
+    """
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if WIDGET not in output.get("data", {})
-            ]
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [
+            output for output in cell.outputs if WIDGET not in output.get("data", {})
+        ]
+        drawn = [getattr(plots, name).__doc__ for name in DRAWS.findall(cell.source)]
+        pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+        for picture, doc in zip(pictures, drawn, strict=False):
+            picture.metadata["image/png"] = {"alt": doc.partition("\n")[0]}
 
 
 def execute(name: str, folder: Path, env: dict):
@@ -78,6 +88,8 @@ def execute(name: str, folder: Path, env: dict):
     # The kernel of this very Python, not one that the user has registered elsewhere.
     manager = client.create_kernel_manager()
     manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
+    if os.name == "posix":  # over TCP, newer kernels warn that nothing is encrypted
+        manager.transport = "ipc"
     with tqdm(total=len(notebook.cells), desc=name, unit="cell") as client.bar:
         try:
             client.execute(env=env)

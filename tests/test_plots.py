@@ -1,0 +1,72 @@
+"""Pictures: what can be wrong with them without anybody looking."""
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("agg")
+
+from utils import plots  # noqa: E402
+
+
+def frontier(n):
+    """Points that stand close together, as with beta 0 and a finished run."""
+    generator = torch.Generator().manual_seed(n)
+
+    def line(names):
+        return [
+            {"label": name, "kl": kl, "shares": {"a": share, "b": 1 - share}}
+            for name, kl, share in zip(
+                names,
+                torch.rand(len(names), generator=generator).tolist(),
+                (0.5 + 0.1 * torch.rand(len(names), generator=generator)).tolist(),
+                strict=True,
+            )
+        ]
+
+    return {
+        "ppo": line(["1", "0.3", "0.1", "0.03", "0"]),
+        "n": line("12468"),
+        "run": line("x"),
+    }
+
+
+@pytest.mark.parametrize("n", range(5))
+def test_no_label_of_the_frontier_hides_another_or_a_point(n):
+    figure = plots.plot_frontier(frontier(n))
+    for axis in figure.axes:
+        labels = [text.get_window_extent() for text in axis.texts]
+        assert len(labels) == 11
+        for i, box in enumerate(labels):
+            assert not any(box.overlaps(other) for other in labels[:i])
+        points = [p for line in axis.lines for p in line.get_xydata()]
+        for x, y in axis.transData.transform(points):
+            assert not any(box.contains(x, y) for box in labels)
+
+
+def test_every_curve_is_drawn_over_its_healthy_range():
+    history = [{name: 0.01 * step for name, *_ in plots.CURVES} for step in range(5)]
+    figure = plots.plot_ppo(history, history[:3])
+    assert [axis.get_title() for axis in figure.axes] == [c[1] for c in plots.CURVES]
+    for axis, (_, _, unit, healthy) in zip(figure.axes, plots.CURVES, strict=True):
+        assert axis.get_ylabel() == unit
+        assert len(axis.lines) == 2 and len(axis.patches) == (healthy is not None)
+        low, high = axis.get_ylim()
+        assert low <= 0 and high >= 0.04
+
+
+@pytest.mark.parametrize("here", [0, 1, 2, 3])
+def test_the_stages_mark_where_the_learner_is(here):
+    figure = plots.plot_stages(here)
+    boxes = [text.get_bbox_patch() for text in figure.axes[0].texts]
+    marked = [b for b in boxes if b and b.get_facecolor()[:3] != (1.0, 1.0, 1.0)]
+    assert len(marked) == {0: 0, 1: 1, 2: 1, 3: 4}[here]
+
+
+def test_the_clipped_loss_is_flat_where_there_is_no_reason_to_go_on():
+    left, right = plots.plot_clipping(0.2).axes
+    for axis, flat in ((left, lambda x: x > 1.2), (right, lambda x: x < 0.8)):
+        _, clipped = axis.lines[:2]
+        x, y = (torch.as_tensor(v) for v in clipped.get_data())
+        assert y[flat(x)].std() < 1e-6
+        assert y[~flat(x)].std() > 0.1
