@@ -11,11 +11,8 @@ import torch
 from benchmarks.work import peak_memory
 from utils.models import load_causal_lm
 from utils.rollout import evaluate_responses
-from utils.support.notebook import NOTEBOOKS, import_cells
+from utils.support.notebook import LOOP, NOTEBOOKS, import_cells
 from utils.training import autocast, seed_everything
-
-LOOP = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
-LOOP += ("summarise", "train")
 
 
 def ppo(work, watch):

@@ -11,9 +11,11 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+from utils.models import PolicyWithValueHead
 from utils.ppo import masked_mean, policy_loss
 from utils.practice import exact_world
-from utils.support.notebook import import_cells
+from utils.support.notebook import LOOP, import_cells
+from utils.training import GuardedOptimizer
 
 # Nothing holds the steps back here, so that a mistake shows
 SETTINGS = dataclasses.replace(
@@ -142,8 +144,7 @@ def train(name="", piece=None, title="") -> list[dict]:
     if name and name not in names:
         raise ValueError(f"there is no piece {name!r}; take one of {names}")
     s = SETTINGS
-    cells = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
-    loop = import_cells("3-RLHF.ipynb", *cells, "summarise", "train")
+    loop = import_cells("3-RLHF.ipynb", *LOOP)
     _put_in(loop, name, piece)
     titled = title or name or "healthy"
     loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, desc=titled)
@@ -151,11 +152,13 @@ def train(name="", piece=None, title="") -> list[dict]:
     lm, reference = copy.deepcopy(world.reference).requires_grad_(True), world.reference
     run = loop["fresh_run"](lm, s)
     if name == "prepare":
-        run.policy.lm, adam = piece(lm, s.ppo_lr)
-        head = {"params": run.policy.value_head.parameters(), "lr": s.value_head_lr}
+        lm, adam = piece(lm, s.ppo_lr)
+        policy = PolicyWithValueHead(lm).eval()
+        head = {"params": policy.value_head.parameters(), "lr": s.value_head_lr}
         adam.add_param_group(head)
-        run.optimizer.optimizer = adam
-        run.decay = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
+        optimizer = GuardedOptimizer(policy, adam, s, s.max_grad_norm)
+        decay = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
+        run = dataclasses.replace(run, policy=policy, optimizer=optimizer, decay=decay)
     if name == "make_reference":
         reference = piece(run.policy.lm)
     prompts = [exact_world.PROMPT] * s.ppo_rollout_size

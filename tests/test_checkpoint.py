@@ -17,19 +17,17 @@ from tests.test_loop import score
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import freeze
 from utils.support.checkpoint import Checkpoint, read_state, write_state
-from utils.support.notebook import ROOT, import_cells
+from utils.support.notebook import LOOP, ROOT, import_cells
 
 pytestmark = pytest.mark.faults
 SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=144, checkpoint_every=2)
-CELLS = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
-CELLS += ("summarise", "train")
 
 
 class Started:
     """What the cells `start` and `loop` of notebook 3 do, for a very small model."""
 
     def __init__(self, settings, loop=None, code=(), **inputs):
-        self.loop = loop or import_cells("3-RLHF.ipynb", *CELLS)
+        self.loop = loop or import_cells("3-RLHF.ipynb", *LOOP)
         self.settings = settings
         lm = small_lm().float()
         self.reference = freeze(copy.deepcopy(lm))
@@ -63,7 +61,7 @@ class Started:
                 raise Stop
 
         with contextlib.suppress(Stop):
-            self.checkpoint.check_code()
+            self.checkpoint.check(self.settings)
             models = (self.reference, score, lambda step: PROMPTS * 8, EOS)
             self.loop["train"](self.run, *models, self.settings, *self.how, pause)
         return self
@@ -186,6 +184,24 @@ def test_a_setting_that_changes_nothing_does_not_matter(settings, whole):
     same(Started(dataclasses.replace(settings, **changes)).go(), whole)
 
 
+def test_an_unfinished_run_is_kept_though_another_would_be_finished(settings, capsys):
+    """Four of six rollouts are all that there is, also for a run of four."""
+    started(settings).go(until=4)
+    started(dataclasses.replace(settings, ppo_episodes=96))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith("instead of 96; renamed to ppo.safetensors.aside-1")
+
+
+def test_nothing_is_written_twice(settings):
+    run = started(settings).go(until=2)
+    file = settings.folder / "ppo.safetensors"
+    written = file.stat().st_mtime_ns
+    again = Started(settings)
+    again.checkpoint.save()
+    run.checkpoint.save()
+    assert file.stat().st_mtime_ns == written
+
+
 def test_a_finished_run_of_other_settings_is_replaced(settings, capsys):
     started(settings).go()
     started(dataclasses.replace(settings, kl_coef=0.5)).go()
@@ -212,7 +228,7 @@ def test_a_formula_written_anew_after_a_finished_run_counts(
 ):
     """It is named, PPO begins anew, and the figures are others."""
     started(settings).go()
-    edited = import_cells("3-RLHF.ipynb", *CELLS)
+    edited = import_cells("3-RLHF.ipynb", *LOOP)
     real = edited[name]
 
     def wrong(*arguments, **options):
@@ -236,9 +252,20 @@ def test_a_function_written_anew_under_a_run_is_noticed(settings, survived):
     """Interrupted, a formula redefined in a new cell, and the loop's cell run again."""
     run = started(settings).go(until=3)
     run.loop["masked_whiten"] = lambda x, mask: x * 0
-    with pytest.raises(RuntimeError, match="there is another masked_whiten; run") as e:
+    with pytest.raises(RuntimeError, match="began with another masked_whiten; r") as e:
         run.go()
     assert len(run.history) == 3
+    del run.loop["masked_whiten"]
+    run.loop["masked_whiten"] = import_cells("3-RLHF.ipynb")["masked_whiten"]
+    run.checkpoint.check(run.settings)
+    run.settings = dataclasses.replace(run.settings, kl_coef=0.7)
+    with pytest.raises(RuntimeError, match="began with kl_coef 0.1 instead of 0.7"):
+        run.go()
+    run.settings = settings
+    for weight in run.reference.parameters():
+        weight.neg_()
+    with pytest.raises(RuntimeError, match="began with another reference; run"):
+        run.go()
     survived("masked_whiten written anew, and the loop goes on", str(e.value))
 
 
@@ -246,7 +273,7 @@ def test_a_comment_and_a_docstring_are_no_edit(settings):
     started(settings).go(until=2)
     source = source_of("ppo-advantages").replace("# 1.", "\n    # First,")
     source = source.replace('"""The rollout with', '"""A rollout with')
-    edited = import_cells("3-RLHF.ipynb", *CELLS)
+    edited = import_cells("3-RLHF.ipynb", *LOOP)
     exec(source, edited)
     assert len(started(settings, loop=edited).history) == 2
     exec(source.replace("settings.gamma", "0.5"), edited)
@@ -263,7 +290,14 @@ def foreign(path):
     save_file({"w": torch.ones(3)}, path)
 
 
+def of_an_older_version(path):
+    """As the file was before the run was one object."""
+    header = {"kind": "state of a PPO run", "key": "{}", "state": "{}"}
+    save_file({"w": torch.ones(3)}, path, metadata=header)
+
+
 SPOILED = {
+    "of an older version": of_an_older_version,
     "cut in the middle": lambda p: p.write_bytes(
         p.read_bytes()[: p.stat().st_size // 2]
     ),

@@ -13,7 +13,7 @@ from utils.models import PolicyWithValueHead, freeze
 from utils.ppo import compute_gae
 from utils.rollout import Rollout, has_ended, normalise_scores
 from utils.settings import TINY
-from utils.support.notebook import import_cells
+from utils.support.notebook import LOOP, import_cells
 from utils.training import GuardedOptimizer
 
 CELLS = ("collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
@@ -29,8 +29,7 @@ SETTINGS = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def loop():
-    cells = ("fresh-run", *CELLS, "summarise", "train")
-    return import_cells("3-RLHF.ipynb", *cells)
+    return import_cells("3-RLHF.ipynb", *LOOP)
 
 
 def make_policy():
@@ -227,7 +226,8 @@ def test_a_gradient_that_overflows_moves_nothing(loop):
     before = copy.deepcopy(policy.state_dict())
     policy.value_head.weight.register_hook(lambda grad: grad * float("inf"))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    update(loop, policy, rollout, optimizer=guarded(policy, scaler=scaler))
+    adam = torch.optim.AdamW(policy.parameters(), fused=True)  # as in the notebook
+    update(loop, policy, rollout, optimizer=guarded(policy, adam, scaler=scaler))
     for name, weight in policy.state_dict().items():
         assert torch.equal(weight, before[name])
     assert scaler.get_scale() == 4.0  # halved at each of the 8 steps

@@ -1,14 +1,16 @@
 """A file of `utils` that is edited under a running kernel: said before it matters."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
-from utils.support.fingerprint import fingerprints_of_code
+from utils.support.fingerprint import fingerprint, fingerprints_of_code
 
 pytestmark = pytest.mark.faults
 
@@ -72,47 +74,96 @@ def test_each_file_edited_under_a_live_kernel_is_named(tmp_path, survived):
     survived(f"each of {len(files) - 1} files of utils edited", lines[0][2])
 
 
-def base(x):
-    return helper(x) + RATE
+RATE, TABLE = 0.5, {"a": [1, 2]}
+
+
+class Scorer:
+    offset = 1.0
+
+    def score(self, x):
+        return x + self.offset
 
 
 def helper(x):
+    """Says something."""
     return x * 2
 
 
-RATE = 0.5
+def base(x, factor=3):
+    return helper(x) * factor + RATE + TABLE["a"][0] + Scorer().score(x)
+
+
+def same_but(monkeypatch, place, name, value):
+    """The names of the fingerprints that this changes."""
+    before = fingerprints_of_code(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, value)
+        after = fingerprints_of_code(base)
+    assert fingerprints_of_code(base) == before
+    return {n for n in before if after.get(n) != before[n]}
+
+
+def decorated(function):
+    return functools.wraps(function)(lambda x: function(x) + 1)
+
+
+def commented(x):
+    """Says something else."""
+    # and more
+    return x * 2
 
 
 def test_a_fingerprint_follows_what_is_called_and_read(monkeypatch):
-    """A called function, a number that is read, a default; not a docstring."""
-    before = fingerprints_of_code(base)
-    assert set(before) == {"base", "helper", "RATE"}
-    assert fingerprints_of_code(base) == before
+    """Functions, numbers, tables, defaults, methods, decorators; not what they say."""
     module = sys.modules[__name__]
-    monkeypatch.setattr(module, "RATE", 0.25)
-    after = fingerprints_of_code(base)
-    assert after["RATE"] != before["RATE"] and after["helper"] == before["helper"]
-    monkeypatch.setattr(module, "RATE", 0.5)
-    monkeypatch.setattr(helper, "__doc__", "says something else")
-    assert fingerprints_of_code(base) == before
-    monkeypatch.setattr(module, "helper", lambda x: x * 3)
-    after = fingerprints_of_code(base)
-    assert after["helper"] != before["helper"] and after["base"] == before["base"]
-    monkeypatch.setattr(base, "__defaults__", (1,))
-    assert "default of base[0][0]" in fingerprints_of_code(base)
+    assert set(fingerprints_of_code(base)) == {
+        *("base", "helper", "RATE", "TABLE", "Scorer")
+    }
+    changed = functools.partial(same_but, monkeypatch)
+    assert changed(module, "RATE", 0.25) == {"RATE"}
+    assert changed(module, "TABLE", {"a": [2, 1]}) == {"TABLE"}
+    assert changed(module, "helper", lambda x: x * 3) == {"helper"}
+    assert changed(module, "helper", decorated(helper)) == {"helper"}
+    assert changed(module, "helper", torch.no_grad()(helper)) == {"helper"}
+    assert changed(base, "__defaults__", (4,)) == {"base"}
+    assert changed(Scorer, "offset", 2.0) == {"Scorer"}
+    assert changed(Scorer, "score", lambda self, x: x) == {"Scorer"}
+    assert changed(module, "helper", commented) == set()
+
+
+def test_whatever_is_called_has_a_fingerprint(monkeypatch):
+    """A method, a partial function, an object that can be called; and other weights."""
+    makers = (lambda: Scorer().score, lambda: functools.partial(helper, 2), Callable)
+    for make in makers:
+        before = fingerprints_of_code(make())
+        with monkeypatch.context() as patch:
+            patch.setattr(Scorer, "score", lambda self, x: 0)
+            patch.setattr(Callable, "__call__", lambda self, x: 0)
+            patch.setattr(helper, "__code__", (lambda x: 0).__code__)
+            assert fingerprints_of_code(make()) != before != {}
+    model = torch.nn.Linear(2, 1)
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        model = model.to(kind)
+        before = fingerprint(model)
+        model.weight.data = model.weight.data.flip(1)
+        assert fingerprint(model) != before
+
+
+class Callable:
+    def __call__(self, x):
+        return Scorer().score(x)
 
 
 SAME = """
 import sys
 sys.path.insert(0, {root!r})
 from utils.support.fingerprint import fingerprints_of_code
-from utils.support.notebook import import_cells
+from utils.support.notebook import LOOP, import_cells
 
 def among(x, also=print, loss=lambda x: x):
     return x in {{"a", "b", "c", "d", "e"}}
 
-cells = ("fresh-run", "collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
-loop = import_cells("3-RLHF.ipynb", *cells, "summarise", "train")
+loop = import_cells("3-RLHF.ipynb", *LOOP)
 code = [loop[name] for name in ("fresh_run", "train", "ppo_advantages", "ppo_update")]
 print(sorted(fingerprints_of_code(among, *code).items()))
 """

@@ -385,7 +385,7 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     assert outputs[4][0].traceback == [
         "ValueError: there is no preset 'tyni'; the nearest is 'tiny'"
     ]
-    assert outputs[5][0].traceback == ["KeyboardInterrupt: run the cell again to go on"]
+    assert outputs[5][0].traceback == ["KeyboardInterrupt: run the cell again"]
     assert outputs[6][0].ename == "AttributeError" and len(outputs[6][0].traceback) > 1
     nbformat.validate(notebook)
 

@@ -1,26 +1,28 @@
 """The part of the series that two notebooks share or a test must check."""
 
-import hashlib as _hashlib
-import sys as _sys
-from pathlib import Path as _Path
+import hashlib
+import sys
+import types
+from pathlib import Path
 
-_FOLDER = _Path(__file__).parent
+_FOLDER = Path(__file__).parent
 
 
 def _hashes():
     files = sorted(_FOLDER.rglob("*.py"))
-    return {str(f): _hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-_AT_IMPORT = _hashes()  # an imported module stays what its file was
+# Of when the first module was imported; what is imported stays what its file was
+_AT_IMPORT = types.MappingProxyType(_hashes())
 
 
 def changed_files() -> list[str]:
     """The imported files of this package that were edited since."""
-    imported = {getattr(module, "__file__", None) for module in _sys.modules.values()}
+    imported = {getattr(module, "__file__", None) for module in sys.modules.values()}
     now = _hashes()
     return [
-        _Path(file).relative_to(_FOLDER.parent).as_posix()
+        Path(file).relative_to(_FOLDER.parent).as_posix()
         for file, found in _AT_IMPORT.items()
         if file in imported and now.get(file) != found
     ]

@@ -25,7 +25,7 @@ def default_preset() -> str:
     print(
         "no CUDA GPU, so this is the preset 'tiny': a small generated world. For GPT-2 "
         "on SST-2 choose, on Colab, Runtime > Change runtime type > T4 GPU; anywhere, "
-        'os.environ["RLHF_PRESET"] = "full" in the cell above (hours on a CPU)'
+        'os.environ["RLHF_PRESET"] = "full" in a cell above this one (hours on a CPU)'
     )
     return "tiny"
 
@@ -124,7 +124,7 @@ class GuardedOptimizer:
         """One step along the gradients.
 
         `figures` are the losses and statistics of this step, by name. Raises
-        FloatingPointError, before anything has changed, if one of them or a gradient
+        FloatingPointError, before a weight has changed, if one of them or a gradient
         is not finite: see `clip_gradients`.
         """
         self.scaler.unscale_(self.optimizer)
@@ -177,12 +177,13 @@ def clip_gradients(
     With loss scaling a gradient may overflow: the scaler then leaves this step out and
     lowers its scale, and only a scale below 1 shows that something else is wrong.
     Raises FloatingPointError, and names the figure or the weight, if anything else is
-    not finite; nothing was changed then, and the gradients are as they came.
+    not finite; nothing is clipped then.
     """
     weights = {n: p for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights.values()])
     # Looked at all together, since the CPU waits for a GPU at each look
-    numbers = [x.detach().double().flatten() for x in (norm, *figures.values())]
+    looked_at = (x.detach().to(norm.device) for x in (norm, *figures.values()))
+    numbers = [x.double().flatten() for x in looked_at]
     if not torch.cat(numbers).isfinite().all():
         for name, value in figures.items():
             if not value.isfinite().all():

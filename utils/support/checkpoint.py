@@ -21,7 +21,7 @@ from utils.support.fingerprint import fingerprint, fingerprints_of_code
 from utils.training import trunk_dtype
 
 CHECKPOINT = "ppo.safetensors"  # in the folder of the preset
-KIND = "state of a PPO run"
+KIND = "state of a run of PPO"
 
 
 def _pack(value, tensors, name="state"):
@@ -122,14 +122,23 @@ def _set_random_states(states):
 
 def _of_today(function):
     """The function that has this one's name now, in the place where it was defined."""
-    return function.__globals__.get(function.__name__, function)
+    place, name = getattr(function, "__globals__", {}), getattr(function, "__name__", 0)
+    return place.get(name, function)
 
 
-def _edited(then: dict, now: dict) -> list[str]:
-    """The names whose fingerprints differ; only if there is none, those of one side."""
-    edited = [name for name in now if name in then and now[name] != then[name]]
+def _changes(then: dict, now: dict) -> str:
+    """What is different between two keys, in words; empty if nothing is."""
+    old, new = then["settings"], now["settings"]
+    changes = [
+        f"{name} {old.get(name)!r} instead of {value!r}"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
+    old, new = then["made of"], now["made of"]
+    edited = [name for name in new if name in old and new[name] != old[name]]
     # What is called no longer, or is called now, follows from an edit
-    return edited or sorted(now.keys() ^ then.keys())
+    others = edited or sorted(new.keys() ^ old.keys())
+    return ", ".join(changes + [f"another {name}" for name in others])
 
 
 class Checkpoint:
@@ -146,27 +155,31 @@ class Checkpoint:
     def __init__(self, run, settings, code: tuple, inputs: dict):
         self.run, self.path = run, settings.folder / CHECKPOINT
         self.every, self.total = settings.checkpoint_every, settings.ppo_steps
+        self.code, self.inputs, self.saved = code, inputs, 0
         device = next(run.policy.parameters()).device
         # A generator's state belongs to its device, a scaler's to its precision
-        machine = {"device": device.type, "dtype": str(trunk_dtype(settings, device))}
-        self.code, self.code_began = code, fingerprints_of_code(*code)
-        made_of = {name: fingerprint(thing) for name, thing in inputs.items()}
-        self.key = {
-            "settings": settings.that_change("policy") | machine,
-            "made of": self.code_began | made_of,
+        self.machine = {
+            "device": device.type,
+            "dtype": str(trunk_dtype(settings, device)),
         }
+        self.key = self._key(settings)
 
-    def check_code(self):
-        """Raise RuntimeError if a function of the run was written anew since it began.
+    def _key(self, settings):
+        code = fingerprints_of_code(*map(_of_today, self.code))
+        inputs = {name: fingerprint(thing) for name, thing in self.inputs.items()}
+        changing = settings.that_change("policy") | self.machine
+        return {"settings": changing, "made of": code | inputs}
 
-        One that began with the old function would go on, or be finished, with the new
-        one, and be saved as if it were all of a piece.
+    def check(self, settings):
+        """Raise RuntimeError if the settings, a model or a function are others now.
+
+        Others than when this run began: it would go on with the new ones, and be saved
+        as if it were all of a piece.
         """
-        now = fingerprints_of_code(*map(_of_today, self.code))
-        if edited := _edited(self.code_began, now):
+        if changes := _changes(self.key, self._key(settings)):
             raise RuntimeError(
-                f"since this run of PPO began there is another {' and '.join(edited)}; "
-                "run the cell of the preflight, and then this one, to begin anew"
+                f"this run of PPO began with {changes}; run the cell of the preflight, "
+                "and then this one, to begin anew"
             )
 
     def restore(self):
@@ -189,26 +202,19 @@ class Checkpoint:
             print(f"(it was renamed to {name})")
             return
         done = len(state["run"]["history"])
-        if changes := self._changes(key):
+        if changes := _changes(key, self.key):
             # A finished run has left its policy, of any other this is all there is
-            kept = "" if done == self.total else f"; renamed to {set_aside(path).name}"
+            then = key["settings"]
+            finished = done == then["ppo_episodes"] // then["ppo_rollout_size"]
+            kept = "" if finished else f"; renamed to {set_aside(path).name}"
             print(f"PPO begins anew: the run in {path} had {changes}{kept}")
             return
         for name, part in state["run"].items():
             _put_back(self.run, name, part)
         _set_random_states(state["random"])
+        self.saved = done
         print(f"PPO goes on after {done} of {self.total} rollouts, from {path}")
         print("(to begin anew: checkpoint.discard(), then this cell again)")
-
-    def _changes(self, key) -> str:
-        changes = [
-            f"{name} {key['settings'].get(name)!r} instead of {value!r}"
-            for name, value in self.key["settings"].items()
-            if key["settings"].get(name) != value
-        ]
-        edited = _edited(key["made of"], self.key["made of"])
-        changes += [f"another {name}" for name in edited]
-        return ", ".join(changes)
 
     def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.
@@ -216,12 +222,13 @@ class Checkpoint:
         A disk that is full ends no training: it is a warning.
         """
         done = len(self.run.history)
-        if not done or (done % self.every and done != self.total):
+        if done == self.saved or (done % self.every and done != self.total):
             return
         parts = {name: _state_of(part) for name, part in vars(self.run).items()}
         state = {"run": parts, "random": _random_states()}
         try:
             write_state(self.path, self.key, state)
+            self.saved = done
         except (OSError, SafetensorError) as error:
             warnings.warn(
                 f"{done} rollouts could not be saved to {self.path} ({error}); "

@@ -24,6 +24,16 @@ NOTEBOOKS = {  # in the order of the lessons, by number
 }
 MEANT_FOR_PEOPLE = (torch.OutOfMemoryError, KeyboardInterrupt)
 SERIES = ("1", "2", "3")  # what everybody reads; the others go further
+# The loop of PPO, as cells of notebook 3
+LOOP = (
+    "fresh-run",
+    "collect-rollout",
+    "ppo-advantages",
+    "ppo-loss",
+    "ppo-update",
+    "summarise",
+    "train",
+)
 
 # What takes memory while each artefact is made
 NUMBERS_TO_LOWER = {
@@ -95,7 +105,7 @@ def say_errors_in_a_sentence(settings, artefact: str):
             torch.cuda.empty_cache()
             error.args = (advice,)
         if kind in MEANT_FOR_PEOPLE or _raised_by_us(error, trace):
-            said = str(error) or "run the cell again to go on"
+            said = str(error) or "run the cell again"
             error._render_traceback_ = lambda: [f"{kind.__name__}: {said}"]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
@@ -103,9 +113,13 @@ def say_errors_in_a_sentence(settings, artefact: str):
 
 
 def _raised_by_us(error, trace) -> bool:
-    """Whether a line of `utils` raised it on purpose, with a sentence."""
+    """Whether a line of `utils` raised it on purpose, with a sentence.
+
+    Not a formula: who has called that wrongly wants to see where.
+    """
     *_, (frame, line) = traceback.walk_tb(trace)
-    file = frame.f_code.co_filename
-    if not file.startswith(str(ROOT / "utils")) or "\n" in str(error):
+    file = Path(frame.f_code.co_filename)
+    formulas = [ROOT / "utils" / name for name in ("ppo.py", "fast.py")]
+    if not file.is_relative_to(ROOT / "utils") or file in formulas:
         return False
-    return linecache.getline(file, line).strip().startswith("raise ")
+    return linecache.getline(str(file), line).strip().startswith("raise ")

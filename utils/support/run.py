@@ -83,13 +83,13 @@ def execute(name: str, folder: Path, env: dict):
         record_timing=False,
         coalesce_streams=True,
         store_widget_state=False,
+        # Newer ones warn that what they say to this machine is not encrypted
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(ROOT)}},
     )
     # The kernel of this very Python, not one that the user has registered elsewhere.
     manager = client.create_kernel_manager()
     manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
-    if os.name == "posix":  # over TCP, newer kernels warn that nothing is encrypted
-        manager.transport = "ipc"
     with tqdm(total=len(notebook.cells), desc=name, unit="cell") as client.bar:
         try:
             client.execute(env=env)
