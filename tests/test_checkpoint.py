@@ -85,6 +85,12 @@ def whole(tmp_path_factory):
     return started(dataclasses.replace(SETTINGS, runs_dir=str(runs))).go()
 
 
+def said_by_now(capsys):
+    """The lines printed since the last call, without progress bars."""
+    lines = capsys.readouterr().out.replace("\r", "\n").splitlines()
+    return [line for line in lines if line.startswith(("PPO", "("))]
+
+
 def same(one, other):
     """The same run, to the last bit, but for the seconds that it took."""
     assert len(one.history) == 6
@@ -118,8 +124,10 @@ def test_an_interrupted_run_ends_where_it_would_have(
 def test_nothing_is_saved_before_it_is_time(settings, capsys):
     started(settings).go(until=1)
     assert not list(settings.folder.glob("*"))
-    said = capsys.readouterr().out
-    assert said == f"PPO begins, and is saved every 2 rollouts to {settings.folder}/ppo.safetensors\n"  # fmt: skip # noqa: E501
+    place = settings.folder / "ppo.safetensors"
+    assert said_by_now(capsys) == [
+        f"PPO begins, and is saved every 2 rollouts to {place}"
+    ]
 
 
 def test_the_last_rollout_is_saved_whatever_its_number(settings):
@@ -165,7 +173,7 @@ def test_another_runs_checkpoint_is_named_and_set_aside(
     started(settings).go(until=2)
     content = (settings.folder / "ppo.safetensors").read_bytes()
     run = started(dataclasses.replace(settings, **changes), **options)
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = said_by_now(capsys)[-1]
     assert run.history == [] and said.startswith("PPO begins anew")
     assert says in said and said.endswith("; renamed to ppo.safetensors.aside-1")
     assert (settings.folder / "ppo.safetensors.aside-1").read_bytes() == content
@@ -188,7 +196,7 @@ def test_an_unfinished_run_is_kept_though_another_would_be_finished(settings, ca
     """Four of six rollouts are all that there is, also for a run of four."""
     started(settings).go(until=4)
     started(dataclasses.replace(settings, ppo_episodes=96))
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = said_by_now(capsys)[-1]
     assert said.endswith("instead of 96; renamed to ppo.safetensors.aside-1")
 
 
@@ -205,7 +213,7 @@ def test_nothing_is_written_twice(settings):
 def test_a_finished_run_of_other_settings_is_replaced(settings, capsys):
     started(settings).go()
     started(dataclasses.replace(settings, kl_coef=0.5)).go()
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = said_by_now(capsys)[-1]
     assert said.endswith("had kl_coef 0.1 instead of 0.5")
     assert [p.name for p in settings.folder.iterdir()] == ["ppo.safetensors"]
 
@@ -241,7 +249,7 @@ def test_a_formula_written_anew_after_a_finished_run_counts(
     if name == "sample_responses":  # the tokens must be tokens
         edited[name] = lambda *arguments: real(*arguments[:5], 2.0, *arguments[6:])
     run = started(settings, loop=edited)
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = said_by_now(capsys)[-1]
     assert said.startswith("PPO begins anew") and f"had another {name}" in said
     assert run.history == []
     assert run.go().history != whole.history
@@ -319,7 +327,7 @@ def test_a_damaged_or_foreign_checkpoint_is_set_aside(
     SPOILED[fault](file)
     content = file.read_bytes()
     run = started(settings)
-    begins, renamed = capsys.readouterr().out.splitlines()[-2:]
+    begins, renamed = said_by_now(capsys)[-2:]
     assert begins.startswith(f"PPO begins anew: {file} is damaged or another file (")
     assert renamed == "(it was renamed to ppo.safetensors.aside-1)"
     assert (settings.folder / "ppo.safetensors.aside-1").read_bytes() == content

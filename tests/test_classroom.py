@@ -327,17 +327,16 @@ def test_every_recipe_of_notebook_3_does_what_it_says(
     notebook.run(*ids[place["start"] :])
     assert figures(folder)["history"] != expected["history"]
     assert "had another token_rewards" in str(notebook.cell("start").outputs)
-    notebook.run("token-rewards")  # the real one again
-    # Negative instead of positive
+    # Negative instead of positive: below the cell that loads the reward model
+    notebook.run("load")
     notebook.say(recipes["Negative instead of positive"])
-    notebook.run(*ids[place["fresh-run"] :])
+    notebook.run(*ids[place["load"] + 1 :])
     judged = figures(folder)
     assert judged["after"]["judged_positive"] < judged["before"]["judged_positive"]
-    # Another data set, another model: the settings cell takes them
+    # Another data set, another model: in the settings cell
     for name, value in (("My own data set", "dataset"), ("Another model", "model")):
         source = re.sub(r'= ".*"', f'= "{world / value}"', recipes[name])
-        notebook.say(source)
-        notebook.run("settings")
+        notebook.say(source + "\n" + notebook.cell("settings").source)
         assert printed(f"print(settings.{value}_name)").strip() == str(world / value)
     survived("the six recipes of notebook 3", "each does what it says")
 

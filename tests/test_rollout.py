@@ -13,7 +13,6 @@ from utils.rollout import (
     evaluate_responses,
     has_ended,
     normalise_scores,
-    response_hidden_states,
     response_logprobs,
     sample_responses,
 )
@@ -120,8 +119,7 @@ def test_logprobs_and_values_are_read_one_place_before_the_token():
 def test_response_logprobs_divide_by_the_temperature():
     lm = small_lm()
     ids, attention, mask = sample(lm, [[5, 6]], n=1)
-    hidden = response_hidden_states(lm, ids, attention, mask)
-    got = response_logprobs(lm, hidden, ids, mask, temperature=2.0)
+    got = response_logprobs(lm, ids, attention, mask, temperature=2.0)
     exact = (lm(ids[:, :2]).logits[0, -1] / 2).log_softmax(0)[ids[0, 2]]
     assert got.item() == pytest.approx(exact.item(), abs=1e-12)
 
