@@ -15,6 +15,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from utils import plots
+from utils.evaluation import FIGURES, figures_table
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.checkpoint import CHECKPOINT
@@ -62,7 +63,8 @@ def _tidy(notebook):
         cell.outputs = [
             output for output in cell.outputs if WIDGET not in output.get("data", {})
         ]
-        drawn = [getattr(plots, name).__doc__ for name in DRAWS.findall(cell.source)]
+        names = DRAWS.findall(cell.source)
+        drawn = [getattr(plots, name).__doc__ for name in names if hasattr(plots, name)]
         pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
         for picture, doc in zip(pictures, drawn, strict=False):
             picture.metadata["image/png"] = {"alt": doc.partition("\n")[0]}
@@ -104,8 +106,6 @@ def execute(name: str, folder: Path, env: dict):
 
 def report(settings, notebooks) -> tuple[dict, str]:
     """What has been measured, by artefact; a table of what these notebooks made."""
-    from utils.evaluation import FIGURES, figures_table
-
     folder = ROOT / settings.folder
     found = {
         name: json.loads((folder / name / "metrics.json").read_text())
