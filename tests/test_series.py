@@ -133,7 +133,7 @@ def test_the_time_machine_follows_the_same_prompts(series):
     lines = cell.outputs[0].data["text/markdown"].splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0][1:] == [f"after {n} rollouts" for n in (0, 8, 15, 22, 30)]
-    assert len(rows) == 2 + TINY.time_machine_prompts + 2
+    assert len(rows) == 2 + TINY.time_machine_prompts + 3
     assert rows[-1][0] == "**KL [nats]**" and rows[-1][1] == "0.00"
     assert float(rows[-1][-1]) > 0.1
 
