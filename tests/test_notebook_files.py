@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import statistics
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -115,6 +117,30 @@ def test_the_recipes_are_six_of_three_lines_at_most():
     recipes = recipes_of_notebook_3()
     assert len(recipes) == 6
     assert max(len(recipe.splitlines()) for recipe in recipes.values()) <= 3
+
+
+def setup_in(folder):
+    """What the setup cell leaves as working directory, or says, begun in a folder."""
+    cells = nbformat.read(ROOT / NOTEBOOKS["4"], as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.id == "setup")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            source + "\nprint(os.getcwd(), sys.path[0] == os.getcwd())",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    return (done.stdout or done.stderr).strip().splitlines()[-1]
+
+
+def test_the_setup_cell_finds_the_repository_upwards(tmp_path):
+    for folder in (ROOT, ROOT / "more", ROOT / "utils" / "support"):
+        assert setup_in(folder) == f"{ROOT} True"
+    said = setup_in(tmp_path)
+    assert said.startswith("FileNotFoundError: neither ") and "clone https://" in said
 
 
 def broken_links(text, folder=ROOT):
