@@ -80,8 +80,10 @@ def draw_tokens(
     tokens = []
     for rows in hidden.split(DRAWS):
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(rows.to(weight.dtype), weight)
-        probs = torch.softmax(logits / temperature, dim=-1)
+            # Without names, so that each (N, V) tensor's memory is free for the next
+            probs = torch.softmax(
+                F.linear(rows.to(weight.dtype), weight) / temperature, dim=-1
+            )
         ends = probs.cumsum(dim=-1, dtype=torch.float64)
         places = torch.rand(
             (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
