@@ -358,8 +358,9 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
         "1 / 0",
         "from utils.settings import load_settings; load_settings('tyni')",
         "raise KeyboardInterrupt",
+        "from utils.data import pad; pad([None], 0)",
         "import torch\nfrom utils.ppo import masked_mean\n"
-        "masked_mean(torch.ones(2), None)",
+        "masked_mean(torch.ones(2), torch.ones(3))",
     ]
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
     client = NotebookClient(
@@ -386,7 +387,9 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
         "ValueError: there is no preset 'tyni'; the nearest is 'tiny'"
     ]
     assert outputs[5][0].traceback == ["KeyboardInterrupt: run the cell again"]
-    assert outputs[6][0].ename == "AttributeError" and len(outputs[6][0].traceback) > 1
+    assert outputs[6][0].ename == "TypeError" and len(outputs[6][0].traceback) > 1
+    # Who calls a formula wrongly sees where
+    assert outputs[7][0].ename == "ValueError" and len(outputs[7][0].traceback) > 1
     nbformat.validate(notebook)
 
 
