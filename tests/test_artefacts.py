@@ -84,7 +84,7 @@ def test_a_missing_artefact_names_both_ways_out(settings, saved):
         ({"seed": 7, "max_tokens": 9}, "with seed 42 instead of 7 and max_tokens 66"),
         ({"model_name": "gpt2-medium"}, "model_name 'runs/tiny/world/model' instead"),
         ({"dataset_name": "imdb"}, "dataset_name 'runs/tiny/world/dataset' instead of"),
-        ({"sft_batch_size": 8}, r'RLHF_SFT_BATCH_SIZE"\] = "32" and run the settings'),
+        ({"sft_batch_size": 8}, r"CHANGES = {'sft_batch_size': 32} in the first cell"),
         ({"rm_lr": 0.5}, "run notebook 2 again"),
     ],
 )
@@ -104,7 +104,7 @@ def test_an_artefact_of_another_preset_is_refused(saved):
     full = dataclasses.replace(saved, preset="full")
     with pytest.raises(ValueError, match="preset 'tiny' instead of 'full'") as error:
         find_artefacts(full, "sft", "reward_model")
-    assert "RLHF_PRESET" not in str(error.value)  # that is no way out of it
+    assert "'preset'" not in str(error.value)  # that is no way out of it
 
 
 def cut(file):

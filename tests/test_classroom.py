@@ -333,9 +333,9 @@ def test_every_recipe_of_notebook_3_does_what_it_says(
     notebook.run(*ids[place["load"] + 1 :])
     judged = figures(folder)
     assert judged["after"]["judged_positive"] < judged["before"]["judged_positive"]
-    # Another data set, another model: in the settings cell
+    # Another data set, another model: in the first cell
     for name, value in (("My own data set", "dataset"), ("Another model", "model")):
-        source = re.sub(r'= ".*"', f'= "{world / value}"', recipes[name])
+        source = re.sub(r': ".*"', f': "{world / value}"', recipes[name])
         notebook.say(source + "\n" + notebook.cell("settings").source)
         assert printed(f"print(settings.{value}_name)").strip() == str(world / value)
     survived("the six recipes of notebook 3", "each does what it says")

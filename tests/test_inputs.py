@@ -199,13 +199,15 @@ def test_a_tokenizer_without_words(tmp_path):
 )
 def test_a_context_shorter_than_a_text(tmp_path, world, survived, places, says):
     name = model_folder(tmp_path, world, gpt2(n_positions=places))
-    settings = dataclasses.replace(TINY, model_name=name)
+    changes = {"model_name": name, "dataset_name": str(world / "dataset")}
     if says is None:
-        preflight.prepare(settings, "sft")
-        longer = dataclasses.replace(settings, max_new_tokens=64)
-        says, settings = r"prompt_max_tokens \+ max_new_tokens is 71", longer
+        preflight.prepare("sft", "tiny", changes)
+        says, changes["max_new_tokens"] = (
+            r"prompt_max_tokens \+ max_new_tokens is 71",
+            64,
+        )
     with pytest.raises(ValueError, match=says) as caught:
-        preflight.prepare(settings, "sft")
+        preflight.prepare("sft", "tiny", changes)
     survived("a context shorter than a text", str(caught.value))
 
 
@@ -217,10 +219,10 @@ def test_a_model_without_a_limit_passes():
 
 def test_a_tokenizer_with_more_words_than_the_model(tmp_path, world, survived):
     name = model_folder(tmp_path, world, gpt2(vocab_size=500))
-    settings = dataclasses.replace(TINY, model_name=name)
+    changes = {"model_name": name, "dataset_name": str(world / "dataset")}
     says = "has 927 tokens and the model only 500"
     with pytest.raises(ValueError, match=says) as caught:
-        preflight.prepare(settings, "sft")
+        preflight.prepare("sft", "tiny", changes)
     survived("a tokenizer with more words than the model", str(caught.value))
 
 

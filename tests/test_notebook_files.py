@@ -97,7 +97,10 @@ def test_the_setup_cell_is_the_same_everywhere():
         for name in NOTEBOOKS.values()
     }
     assert len(setups) == 1
-    assert 'USE_DRIVE = False  # @param {type:"boolean"}' in setups.pop()
+    for name in NOTEBOOKS.values():
+        cells = code(nbformat.read(ROOT / name, as_version=4))
+        assert [cell.id for cell in cells[:2]] == ["parameters", "setup"]
+        assert 'USE_DRIVE = False  # @param {type:"boolean"}' in cells[0].source
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS.values())

@@ -135,4 +135,4 @@ def test_each_notebook_names_its_own_artefact():
     for name, artefact in zip(SERIES, STAGES, strict=True):
         cells = cells_of(ROOT / NOTEBOOKS[name])
         (settings,) = (s for cell, s in cells if cell.endswith("#settings"))
-        assert f'prepare(settings, "{artefact}")' in settings
+        assert f'prepare("{artefact}", PRESET, CHANGES)' in settings

@@ -35,7 +35,7 @@ model = torch.nn.Linear(1, 1)
 adam = torch.optim.AdamW(model.parameters())
 optimizer = GuardedOptimizer(model, adam, TINY)
 ways = {
-    "a settings cell": lambda: prepare(TINY, "sft"),
+    "a settings cell": lambda: prepare("sft", "tiny"),
     "a training cell": lambda: GuardedOptimizer(model, adam, TINY),
     "the loop": optimizer.resume,
     "a source shown": lambda: show_source(compute_gae),

@@ -194,7 +194,7 @@ def test_the_preset_is_what_the_machine_can_do(monkeypatch, capsys, gpu, preset)
     assert default_preset() == preset
     said = capsys.readouterr().out
     assert (said == "") == gpu
-    assert gpu or "T4 GPU" in said and 'os.environ["RLHF_PRESET"] = "full"' in said
+    assert gpu or "T4 GPU" in said and 'PRESET = "full" in the first cell' in said
 
 
 def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
@@ -351,8 +351,9 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     """In a real kernel; the error is raised by hand, since no GPU is needed here."""
     cells = [
         "from utils.settings import TINY\n"
+        "from utils.support.notebook import how_to_save_memory\n"
         "from utils.support.notebook import say_errors_in_a_sentence\n"
-        "say_errors_in_a_sentence(TINY, 'policy')",
+        "say_errors_in_a_sentence(how_to_save_memory(TINY, 'policy'))",
         OUT_OF_MEMORY,
         "print(kept, held() is None)",
         "1 / 0",
@@ -375,7 +376,7 @@ def test_a_full_gpu_says_what_to_lower_and_can_be_used_again(survived):
     assert error.ename == "OutOfMemoryError"
     assert error.evalue.startswith(
         "the GPU's memory is full; lower ppo_micro_batch_size (64) or "
-        "ppo_minibatch_size (64) or ppo_rollout_size (256) or max_new_tokens (32) (as"
+        "ppo_minibatch_size (64) or ppo_rollout_size (256) or max_new_tokens (32) (in"
     )
     assert len(error.traceback) == 1 and "fill()" not in error.traceback[0]
     assert outputs[2][0].text == "still here True\n"

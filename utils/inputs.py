@@ -6,11 +6,14 @@ training starts.
 
 import contextlib
 import difflib
+import sys
 from pathlib import Path
 
 import torch
 from datasets.config import HF_DATASETS_CACHE
-from huggingface_hub import constants, repo_info
+from huggingface_hub import constants, hf_hub_download, repo_info
+from huggingface_hub.errors import EntryNotFoundError
+from tqdm import tqdm
 
 
 def _first_line(error) -> str:
@@ -84,6 +87,26 @@ def loading(what: str, name):
             yield
     except Exception as error:
         raise _explained(error, what, name, unreachable) from error
+
+
+class _TextBar(tqdm):
+    """The hub's bar as text on stdout: it would be a widget, or pink, otherwise."""
+
+    def __init__(self, *arguments, **options):
+        options.pop("name", None)  # by which the library's own class can be disabled
+        super().__init__(
+            *arguments, **{**options, "desc": "Download", "file": sys.stdout}
+        )
+
+
+def download_weights(name: str):
+    """Have the model `name` of the hub in the cache, with a bar while it comes.
+
+    A model in several files is left to the library, which loads it without a bar.
+    """
+    if not Path(name).is_dir():
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(name, "model.safetensors", tqdm_class=_TextBar)
 
 
 def _explained(error, what, name, unreachable):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from utils.inputs import check_causal, loading
+from utils.inputs import check_causal, download_weights, loading
 
 
 def load_config(name: str):
@@ -35,6 +35,7 @@ def load_causal_lm(name: str, device="cpu"):
     """
     config = load_config(name)
     with loading("language model", name):
+        download_weights(name)
         lm = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True
         )
@@ -148,6 +149,7 @@ class RewardModel(nn.Module):
         """A saved reward model, or the trunk of `name` under a fresh head."""
         config = load_config(name)
         with loading("model", name):
+            download_weights(name)
             trunk = AutoModel.from_pretrained(
                 name, config=config, dtype=torch.float32, use_safetensors=True
             )

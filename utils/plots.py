@@ -1,7 +1,12 @@
 """Every picture of the series."""
 
+import base64
+import functools
+import io
+
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from utils.ppo import kl_estimate
@@ -27,7 +32,7 @@ BOXES = {  # name: (x, y, text, colour, notebook)
     "sft": (3.6, 4.6, "1 · SFT\npredict the next token\nof film reviews", BLUE, 1),
     "rm": (3.6, 1.4, "2 · Reward model\npredict the label:\npraise or blame", RED, 2),
     "policy": (7.2, 4.6, "policy\nwrites a review", BLUE, 3),
-    "reference": (10.6, 4.6, "frozen reference\nhow far has it strayed?", GREY, 3),
+    "reference": (10.6, 4.6, "SFT model, frozen\nhow far has it strayed?", GREY, 3),
     "reward": (7.2, 1.4, "reward model\nscores it", RED, 3),
     "update": (10.6, 1.4, "3 · PPO\nbetter than expected?\nmake it likelier", BLUE, 3),
 }
@@ -44,14 +49,45 @@ ARROWS = [  # from, to
 ]
 
 
+class Picture(Figure):
+    """A figure that a notebook shows sharply, with words for who cannot see it."""
+
+    alt = ""
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        file = io.BytesIO()
+        self.savefig(file, dpi=2 * self.dpi)  # two dots for each of the page's
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        shown = {"alt": self.alt, "width": width, "height": height}
+        picture = base64.b64encode(file.getvalue()).decode()
+        return {"image/png": picture}, {"image/png": shown}
+
+
+def _described(plot):
+    """Let the first line of a function's docstring describe what it draws."""
+
+    @functools.wraps(plot)
+    def draw(*arguments, **options):
+        figure = plot(*arguments, **options)
+        figure.alt = plot.__doc__.partition("\n")[0]
+        return figure
+
+    return draw
+
+
+def _subplots(rows, columns, size, **options):
+    options |= {"figsize": size, "layout": "constrained", "FigureClass": Picture}
+    return plt.subplots(rows, columns, **options)
+
+
 def _axes(rows, columns, width=3.2, height=2.6):
-    size = (width * columns, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    figure, axes = _subplots(rows, columns, (width * columns, height * rows))
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+@_described
 def plot_reviews(labels, lengths, min_tokens: int):
     """How many reviews are positive, and how long they are in tokens."""
     figure, (left, right) = _axes(1, 2, width=4.5)
@@ -76,6 +112,7 @@ def smooth(values, weight: float = 0.95) -> list[float]:
     return out
 
 
+@_described
 def plot_losses(train_losses, validation: dict[int, float], ylabel: str):
     """The training loss of every step, smoothed, and the validation loss at some."""
     figure, axis = _axes(1, 1, width=6, height=3.2)
@@ -89,6 +126,7 @@ def plot_losses(train_losses, validation: dict[int, float], ylabel: str):
     return figure
 
 
+@_described
 def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     """Confusion matrix, calibration and scores of a classifier on N labelled texts."""
     figure, (left, middle, right) = _axes(1, 3, width=3.6, height=3.2)
@@ -122,6 +160,7 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     return figure
 
 
+@_described
 def plot_ppo(history: list[dict], before: list[dict] = ()):
     """The curves of a PPO run, one point per rollout, over what is healthy (green).
 
@@ -142,6 +181,7 @@ def plot_ppo(history: list[dict], before: list[dict] = ()):
     return figure
 
 
+@_described
 def plot_rewards(before: list[float], after: list[float]):
     """Rewards of the same prompts' responses before and after PPO."""
     figure, axis = _axes(1, 1, width=6, height=3)
@@ -152,6 +192,7 @@ def plot_rewards(before: list[float], after: list[float]):
     return figure
 
 
+@_described
 def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor]):
     """Up to three distributions over the same few responses, side by side."""
     figure, axis = _axes(1, 1, width=9, height=3.2)
@@ -166,6 +207,7 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
     return figure
 
 
+@_described
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 
@@ -213,12 +255,13 @@ def _label_points(axis, judge, points, colours):
         taken.append(box)
 
 
+@_described
 def plot_stages(here: int = 0):
     """GPT-2 becomes the SFT model and the reward model; PPO goes round with both.
 
     `here` is the number of the notebook to mark: 1, 2 or 3; 0 marks none.
     """
-    figure, axis = plt.subplots(figsize=(9.5, 4.2), layout="constrained")
+    figure, axis = _subplots(1, 1, (9.5, 4.2))
     axis.set(xlim=(0, 12.4), ylim=(0.4, 5.6))
     axis.axis("off")
     drawn = {}
@@ -237,6 +280,7 @@ def plot_stages(here: int = 0):
     return figure
 
 
+@_described
 def plot_kl_estimators(pi: torch.Tensor, ref: torch.Tensor):
     """k1, k2 and k3 over the log-ratio; and mean and spread of each under pi (V,)."""
     figure, (left, right) = _axes(1, 2, width=4.8, height=3.4)
@@ -259,6 +303,7 @@ def plot_kl_estimators(pi: torch.Tensor, ref: torch.Tensor):
     return figure
 
 
+@_described
 def plot_clipping(clip_range: float):
     """The loss of one token over its ratio, for a good and for a bad one."""
     figure, axes = _axes(1, 2, width=4.8, height=3.4)
@@ -276,11 +321,11 @@ def plot_clipping(clip_range: float):
     return figure
 
 
+@_described
 def plot_response(tokens: list[str], bars: dict[str, list[float]]):
     """What PPO knows of each token of a response: one row of bars for each name."""
     size = (max(6.0, 0.8 * len(tokens) + 1.5), 1.4 * len(bars))
-    figure, axes = plt.subplots(len(bars), figsize=size, sharex=True)
-    figure.set_layout_engine("constrained")
+    figure, axes = _subplots(len(bars), 1, size, sharex=True)
     for axis, (name, values) in zip(axes, bars.items(), strict=True):
         colours = [BLUE if value >= 0 else RED for value in values]
         axis.bar(range(len(tokens)), values, color=colours)

@@ -25,7 +25,7 @@ def default_preset() -> str:
     print(
         "no CUDA GPU, so this is the preset 'tiny': a small generated world. For GPT-2 "
         "on SST-2 choose, on Colab, Runtime > Change runtime type > T4 GPU; anywhere, "
-        'os.environ["RLHF_PRESET"] = "full" in a cell above this one (hours on a CPU)'
+        'PRESET = "full" in the first cell (hours on a CPU)'
     )
     return "tiny"
 
@@ -202,5 +202,5 @@ def _not_finite(what, value):
     return FloatingPointError(
         f"{what} is {value.item()}, so this step was not taken and the weights are "
         "those of the step before; lower the learning rate, or set precision to "
-        "float32, and run the notebook again from its settings cell"
+        "float32, and run the notebook again from its first cell"
     )

@@ -95,7 +95,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
         raise FileNotFoundError(
             f"{settings.folder} has no {' and no '.join(missing)}, which notebook "
             f"{numbers} makes. If you ran it on another Colab machine, set USE_DRIVE = "
-            "True in the setup cell of every notebook; or "
+            "True in the first cell of every notebook; or "
             + _command(settings, missing)
         )
     for name, folder in folders.items():
@@ -141,13 +141,13 @@ def _check_settings(settings, name, made_with):
             f"{field} {made_with.get(field)!r} instead of {value!r}"
             for field, value in changed.items()
         )
-        back = "; ".join(
-            f'os.environ["RLHF_{field.upper()}"] = "{made_with.get(field)}"'
+        back = {
+            field: made_with[field]
             for field in changed
             if field != "preset" and field in made_with
-        )
+        }
         raise ValueError(
             f"{settings.folder / name} was made with {listed}; run notebook "
             f"{notebook_of(name)} again"
-            + (f", or set {back} and run the settings cell again" if back else "")
+            + (f", or set CHANGES = {back} in the first cell" if back else "")
         )

@@ -7,8 +7,11 @@ import textwrap
 import traceback
 from pathlib import Path
 
+import datasets
 import nbformat
 import torch
+import transformers
+from huggingface_hub.utils import disable_progress_bars
 from IPython import get_ipython
 from IPython.display import Markdown
 
@@ -83,27 +86,41 @@ def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> di
     return namespace
 
 
-def say_errors_in_a_sentence(settings, artefact: str):
+def no_widgets():
+    """Switch off the libraries' own bars: in a notebook they are widgets.
+
+    Those are gone when the saved notebook is opened again, and GitHub refuses to show
+    it. What takes long has a bar of text.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+
+
+def how_to_save_memory(settings, artefact: str) -> str:
+    """Which numbers to lower if the GPU is too small to make this artefact."""
+    numbers = [f"{n} ({getattr(settings, n)})" for n in NUMBERS_TO_LOWER[artefact]]
+    return (
+        f"lower {' or '.join(numbers)} (in CHANGES, in the first cell), and run again "
+        "from there"
+    )
+
+
+def say_errors_in_a_sentence(advice: str = "run the cell again"):
     """From now on, an error that is meant for people ends a cell in one sentence.
 
     Only in a notebook. Those are the errors that `utils` raises itself, an interrupt,
-    and a GPU that is full, for which the numbers are named that make this artefact
-    smaller. What the failed cell held on the GPU is freed then, so that it can be run
-    again. Other errors keep their traceback.
+    and a GPU that is full: then with this advice. What the failed cell held on the GPU
+    is freed, so that it can be run again. Other errors keep their traceback.
     """
     if (shell := get_ipython()) is None:
         return
-    numbers = [f"{n} ({getattr(settings, n)})" for n in NUMBERS_TO_LOWER[artefact]]
-    advice = (
-        f"the GPU's memory is full; lower {' or '.join(numbers)} "
-        "(as RLHF_... in the environment), and run again from the settings cell"
-    )
 
     def say(shell, kind, error, trace, tb_offset=None):
         if kind is torch.OutOfMemoryError:
             traceback.clear_frames(trace)  # they hold the tensors
             torch.cuda.empty_cache()
-            error.args = (advice,)
+            error.args = (f"the GPU's memory is full; {advice}",)
         if kind in MEANT_FOR_PEOPLE or _raised_by_us(error, trace):
             said = str(error) or "run the cell again"
             error._render_traceback_ = lambda: [f"{kind.__name__}: {said}"]

@@ -3,7 +3,10 @@
 `prepare` begins every notebook; `preflight` checks the very objects that PPO will use.
 """
 
+import dataclasses
 import gc
+import os
+import types
 
 import psutil
 import torch
@@ -13,10 +16,16 @@ from utils.inputs import check_context
 from utils.models import load_config
 from utils.practice import tiny_world
 from utils.rollout import evaluate_responses, in_pieces
-from utils.support.notebook import say_errors_in_a_sentence
+from utils.settings import load_settings, parse_field
+from utils.support.notebook import (
+    how_to_save_memory,
+    no_widgets,
+    say_errors_in_a_sentence,
+)
 from utils.training import (
     autocast,
     check_code_is_current,
+    default_preset,
     get_device,
     trunk_dtype,
 )
@@ -25,16 +34,25 @@ GIB = 2**30
 HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precision
 
 
-def prepare(settings, artefact: str):
-    """Have everything at hand that the settings name, and see that it fits together.
+def prepare(artefact: str, preset: str = "", changes=types.MappingProxyType({})):
+    """Settings and device for making an artefact, with all that they name at hand.
 
-    Builds the tiny world if it is used, sees to it that errors are said in a sentence,
-    and prints what is trained on what. Raises ValueError if texts of these settings
-    are too long for the model, or if the tokenizer knows more words than it, and
-    RuntimeError if a file of `utils` was edited under this kernel.
+    Without a preset it is RLHF_PRESET's, or what the machine can do; `changes` are
+    settings by name, and stand above the environment's. Builds the tiny world if it is
+    used, sees to it that errors are said in a sentence and that no bar of a library is
+    a widget, and prints what is trained on what. Raises ValueError as `load_settings`
+    does, if texts of these settings are too long for the model, or if the tokenizer
+    knows more words than it, and RuntimeError if a file of `utils` was edited under
+    this kernel.
     """
+    say_errors_in_a_sentence()
     check_code_is_current()
-    say_errors_in_a_sentence(settings, artefact)
+    no_widgets()
+    preset = preset or os.environ.get("RLHF_PRESET") or default_preset()
+    settings = load_settings(preset)
+    changes = {name: parse_field(name, str(value)) for name, value in changes.items()}
+    settings = dataclasses.replace(settings, **changes)
+    say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
     tiny_world.prepare(settings)
     name = settings.model_name
     config, tokenizer = load_config(name), load_tokenizer(name)
@@ -50,6 +68,7 @@ def prepare(settings, artefact: str):
     print(f"model: {name}, data set: {settings.dataset_name}")
     if settings.changes:
         print(f"changed: {', '.join(settings.changes)}")
+    return settings, device
 
 
 def _dropout(models):

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import sys
 from asyncio import InvalidStateError
 from pathlib import Path
@@ -14,7 +13,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
-from utils import plots
 from utils.evaluation import FIGURES, figures_table
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
@@ -22,8 +20,6 @@ from utils.support.checkpoint import CHECKPOINT
 from utils.support.expected import expected
 from utils.support.notebook import NOTEBOOKS, ROOT, SERIES
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-DRAWS = re.compile(r"\b(plot_\w+)\(")  # a function of utils/plots.py
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
 EARLIER_FIGURES = {
     "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
@@ -49,25 +45,6 @@ class Client(NotebookClient):
             said = [line.strip() for line in lines if line.strip()]
             self.bar.set_postfix_str(said[-1][:60] if said else "")
         return super().process_message(msg, cell, cell_index)
-
-
-def _tidy(notebook):
-    """Take out what only a live page can show, and say in words what a picture shows.
-
-    GitHub refuses widgets without state; who cannot see is read the first line of the
-    function that drew the picture.
-    """
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        cell.outputs = [
-            output for output in cell.outputs if WIDGET not in output.get("data", {})
-        ]
-        names = DRAWS.findall(cell.source)
-        drawn = [getattr(plots, name).__doc__ for name in names if hasattr(plots, name)]
-        pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
-        for picture, doc in zip(pictures, drawn, strict=False):
-            picture.metadata["image/png"] = {"alt": doc.partition("\n")[0]}
 
 
 def execute(name: str, folder: Path, env: dict):
@@ -100,7 +77,6 @@ def execute(name: str, folder: Path, env: dict):
             # At a Ctrl-C nbclient ends the kernel, and stumbles over that in many ways
             raise DeadKernelError("interrupted") from error
         finally:
-            _tidy(notebook)
             write_text(copy, nbformat.writes(notebook) + "\n")
 
 
