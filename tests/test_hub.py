@@ -45,7 +45,7 @@ def load(code=LOAD, **environ):
     ours = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("HF_", "TRANSFORMERS_", "RLHF_"))
+        if not name.startswith(("HF_", "TRANSFORMERS_", "RLHF_", "TQDM_"))
     }
     environ = {**ours, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
     return subprocess.run(
@@ -73,7 +73,13 @@ def loaded(world, home):
     with hub.serve(*repositories(world)) as address:
         done = load(HF_ENDPOINT=address, HF_HOME=str(home))
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    *said, found = done.stdout.splitlines()
+    return {**json.loads(found), "said": "".join(said)}
+
+
+def test_a_download_has_one_bar_of_text_on_stdout(loaded):
+    """Once: the reward model starts from the weights that are there then."""
+    assert loaded["said"].count("Download: 100%") == 1
 
 
 def test_model_and_tokenizer_come_from_the_hub(loaded, world):

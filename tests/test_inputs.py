@@ -202,13 +202,30 @@ def test_a_context_shorter_than_a_text(tmp_path, world, survived, places, says):
     changes = {"model_name": name, "dataset_name": str(world / "dataset")}
     if says is None:
         preflight.prepare("sft", "tiny", changes)
-        says, changes["max_new_tokens"] = (
-            r"prompt_max_tokens \+ max_new_tokens is 71",
-            64,
-        )
+        changes["max_new_tokens"] = 64
+        says = r"prompt_max_tokens \+ max_new_tokens is 71"
     with pytest.raises(ValueError, match=says) as caught:
         preflight.prepare("sft", "tiny", changes)
     survived("a context shorter than a text", str(caught.value))
+
+
+def test_the_first_cell_stands_above_the_environment(world, monkeypatch, capsys):
+    """And the environment above the preset; what differs from that is printed."""
+    monkeypatch.setenv("RLHF_PRESET", "tiny")
+    monkeypatch.setenv("RLHF_KL_COEF", "0.3")
+    monkeypatch.setenv("RLHF_SFT_EPOCHS", "2")
+    names = {"model_name": str(world / "model"), "dataset_name": str(world / "dataset")}
+    settings, device = preflight.prepare("policy", "", {"kl_coef": 0.25, **names})
+    ours = {"kl_coef": 0.25, "sft_epochs": 2, **names}
+    assert settings == dataclasses.replace(TINY, **ours)
+    assert str(device) in ("cpu", "cuda")
+    said = capsys.readouterr().out
+    assert "sft_epochs 2 instead of 1" in said
+    assert "kl_coef 0.25 instead of 0.1" in said
+    with pytest.raises(ValueError, match="^there is no setting 'kl'; the nearest is"):
+        preflight.prepare("policy", "", {"kl": 0.25})
+    with pytest.raises(ValueError, match="^kl_coef must be 0 or more, got -1.0"):
+        preflight.prepare("policy", "", {"kl_coef": -1})
 
 
 def test_a_model_without_a_limit_passes():

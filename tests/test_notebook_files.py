@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
 from tests.test_classroom import recipes_of_notebook_3
 from utils.support.notebook import NOTEBOOKS, ROOT, import_cells
@@ -79,9 +81,10 @@ def test_every_code_cell_is_introduced(notebook):
 
 
 def test_no_function_is_defined_twice():
+    """But for the setup cell, which needs its own before it has found `utils`."""
     names = []
     for name in NOTEBOOKS.values():
-        for cell in code(nbformat.read(ROOT / name, as_version=4)):
+        for cell in code(nbformat.read(ROOT / name, as_version=4))[2:]:
             names += [
                 f"{cell.id}: {node.name}"
                 for node in ast.walk(ast.parse(cell.source))
@@ -100,6 +103,7 @@ def test_the_setup_cell_is_the_same_everywhere():
     for name in NOTEBOOKS.values():
         cells = code(nbformat.read(ROOT / name, as_version=4))
         assert [cell.id for cell in cells[:2]] == ["parameters", "setup"]
+        assert cells[0].metadata.tags == ["parameters"]  # papermill adds its own below
         assert 'USE_DRIVE = False  # @param {type:"boolean"}' in cells[0].source
 
 
@@ -116,25 +120,34 @@ def test_the_sources_on_the_page_are_those_that_run(name):
             assert output.data["text/markdown"] == shown, cell.id
 
 
+def test_every_picture_of_the_page_has_words(notebook):
+    """Where nbconvert reads them; its template `lab` knows no words for pictures."""
+    exporter = HTMLExporter(template_name="classic")
+    page, _ = exporter.from_notebook_node(notebook)
+    pictures = re.findall(r"<img[^>]*>", page)
+    assert len(pictures) >= 1
+    for picture in pictures:
+        (words,) = re.findall(r'alt="([^"]*)"', picture)
+        assert len(words) > 10 and "No description" not in words
+
+
 def test_the_recipes_are_six_of_three_lines_at_most():
     recipes = recipes_of_notebook_3()
     assert len(recipes) == 6
     assert max(len(recipe.splitlines()) for recipe in recipes.values()) <= 3
 
 
-def setup_in(folder):
+def setup_in(folder, given="", **environ):
     """What the setup cell leaves as working directory, or says, begun in a folder."""
     cells = nbformat.read(ROOT / NOTEBOOKS["4"], as_version=4).cells
-    (source,) = (cell.source for cell in cells if cell.id == "setup")
+    sources = [cell.source for cell in cells if cell.id in ("parameters", "setup")]
+    found = "print(os.getcwd(), sys.path[0] == os.getcwd())"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            source + "\nprint(os.getcwd(), sys.path[0] == os.getcwd())",
-        ],
+        [sys.executable, "-c", "\n".join([given, *sources, found])],
         cwd=folder,
         capture_output=True,
         text=True,
+        env={**os.environ, **environ},
     )
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
@@ -144,6 +157,31 @@ def test_the_setup_cell_finds_the_repository_upwards(tmp_path):
         assert setup_in(folder) == f"{ROOT} True"
     said = setup_in(tmp_path)
     assert said.startswith("FileNotFoundError: neither ") and "clone https://" in said
+
+
+@pytest.mark.parametrize("opener", ["__vsc_ipynb_file__", "PAPERMILL_INPUT_PATH"])
+def test_the_setup_cell_finds_the_repository_from_the_notebook(tmp_path, opener):
+    """VS Code and papermill may start elsewhere, and say where the notebook lies."""
+    given = f"{opener} = {str(ROOT / NOTEBOOKS['4'])!r}"
+    assert setup_in(tmp_path, given) == f"{ROOT} True"
+
+
+def test_a_foreign_folder_named_utils_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "REPO").symlink_to(ROOT)  # as the setup cell clones it on Colab
+    assert setup_in(tmp_path) == f"{ROOT} True"
+
+
+def test_on_colab_a_repository_that_cannot_be_cloned_is_named(tmp_path):
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexit 128\n")
+    git.chmod(0o755)
+    colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert setup_in(tmp_path, colab, PATH=path) == (
+        "FileNotFoundError: git cannot clone https://github.com/OWNER/REPO.git; "
+        "correct REPOSITORY in this cell"
+    )
 
 
 def broken_links(text, folder=ROOT):

@@ -1,5 +1,8 @@
 """Pictures: what can be wrong with them without anybody looking."""
 
+import base64
+import struct
+
 import matplotlib
 import pytest
 import torch
@@ -70,3 +73,22 @@ def test_the_clipped_loss_is_flat_where_there_is_no_reason_to_go_on():
         x, y = (torch.as_tensor(v) for v in clipped.get_data())
         assert y[flat(x)].std() < 1e-6
         assert y[~flat(x)].std() > 0.1
+
+
+def test_a_picture_says_what_it_shows_and_is_sharp():
+    """In words for who cannot see it; two dots wide and high for each of the page's."""
+    figure = plots.plot_rewards([0.5], [0.7])
+    data, metadata = figure._repr_mimebundle_()
+    shown = metadata["image/png"]
+    assert (
+        shown["alt"] == "Rewards of the same prompts' responses before and after PPO."
+    )
+    width, height = struct.unpack(">II", base64.b64decode(data["image/png"])[16:24])
+    assert (width, height) == (2 * shown["width"], 2 * shown["height"])
+
+
+def test_every_picture_has_words():
+    names = [name for name in dir(plots) if name.startswith("plot_")]
+    assert len(names) >= 11
+    for name in names:
+        assert hasattr(getattr(plots, name), "__wrapped__"), name

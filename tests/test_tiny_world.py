@@ -3,12 +3,14 @@
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils.data import clean, load_reviews, load_tokenizer
 from utils.practice import tiny_world
+from utils.settings import FULL, TINY
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,19 @@ def test_the_entropy_is_the_mean_surprise():
     mean = sum(surprises) / len(surprises)
     sd = math.sqrt(sum((s - mean) ** 2 for s in surprises) / len(surprises))
     assert abs(mean - tiny_world.ENTROPY) < 4 * sd / math.sqrt(len(surprises))
+
+
+def test_the_least_loss_by_hand():
+    """ "never" is the first word of 6/30 x 1/22 of the reviews, "the" of 17/30."""
+    never = 6 / 30 / 22
+    the = 8 / 30 * 6 / 15 / 12 * 4 / 6 * 6 / 16 / 20 / 2
+    nats = -math.log(never / 20 / 2 / never) - math.log(the / (17 / 30))
+    texts = {1: "never dull", 2: "the plot is dull ."}
+    tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
+    rows = [[1, 0, 9], [2, 0, 0, 0, 0, 9]]  # a text of 2, and one of 5 words, and EOS
+    found = tiny_world.least_loss(TINY, rows, tokenizer)
+    assert found == {"the grammar": pytest.approx(nats / 7, rel=1e-9)}
+    assert tiny_world.least_loss(FULL, rows, tokenizer) == {}
 
 
 @pytest.mark.parametrize(
