@@ -131,6 +131,23 @@ def test_every_picture_of_the_page_has_words(notebook):
         assert len(words) > 10 and "No description" not in words
 
 
+@pytest.mark.parametrize(
+    "lesson, text, numbers, code_cell",
+    [
+        ("1", "loss-shift", "0.19 4.19", "loss-by-hand"),
+        ("2", "bce-read", "0.13 2.13 0.69", "bce"),
+    ],
+)
+def test_a_number_of_the_prose_is_one_that_the_cell_prints(
+    lesson, text, numbers, code_cell
+):
+    cells = {c.id: c for c in nbformat.read(ROOT / NOTEBOOKS[lesson], 4).cells}
+    said = "".join(o.get("text", "") for o in cells[code_cell].outputs)
+    printed = {f"{float(n):.2f}" for n in re.findall(r"\d+\.\d+", said)}
+    for number in numbers.split():
+        assert number in cells[text].source and number in printed
+
+
 def test_the_recipes_are_six_of_three_lines_at_most():
     recipes = recipes_of_notebook_3()
     assert len(recipes) == 6
