@@ -93,7 +93,8 @@ class Work:
     @functools.cached_property
     def reviews(self):
         """The splits of the data set."""
-        return load_reviews(self.dataset)
+        named = dataclasses.replace(self.settings, dataset_name=self.dataset)
+        return load_reviews(named)
 
     def rows(self, split, n, min_tokens=2):
         """Token ids and labels of the first n long enough reviews of a split."""

@@ -99,6 +99,17 @@ def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, which)
     assert (saved.folder / "sft").exists()  # it is another one's, not a broken one
 
 
+def test_an_artefact_from_before_a_setting_existed(saved):
+    file = saved.folder / "sft" / "settings.json"
+    then = json.loads(file.read_text())
+    del then["text_column"], then["validation_share"]
+    file.write_text(json.dumps(then))
+    assert find_artefacts(saved, "sft") == [str(saved.folder / "sft")]
+    other = dataclasses.replace(saved, text_column="review")
+    with pytest.raises(ValueError, match="text_column 'sentence' instead of 'review'"):
+        find_artefacts(other, "sft")
+
+
 def test_an_artefact_of_another_preset_is_refused(saved):
     saved.folder.rename(saved.folder.with_name("full"))
     full = dataclasses.replace(saved, preset="full")

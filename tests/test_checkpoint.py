@@ -192,6 +192,16 @@ def test_a_setting_that_changes_nothing_does_not_matter(settings, whole):
     same(Started(dataclasses.replace(settings, **changes)).go(), whole)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(settings):
+    started(settings).go(until=2)
+    path = settings.folder / "ppo.safetensors"
+    key, state = read_state(path)
+    del key["settings"]["text_column"]
+    write_state(path, key, state)
+    assert len(Started(settings).history) == 2
+    assert Started(dataclasses.replace(settings, text_column="x")).history == []
+
+
 def test_an_unfinished_run_is_kept_though_another_would_be_finished(settings, capsys):
     """Four of six rollouts are all that there is, also for a run of four."""
     started(settings).go(until=4)

@@ -1,4 +1,3 @@
-import datasets
 import pytest
 import torch
 
@@ -76,22 +75,3 @@ def test_prompt_lengths_cover_their_range(tokenizer):
 def test_no_long_sentence_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="none of the 1 sentences has 9 words"):
         data.make_prompts(["never dull"], tokenizer, TINY, seed=0)
-
-
-@pytest.mark.parametrize(
-    "splits, message",
-    [
-        ({"train": {"sentence": ["a"], "label": [1]}}, "no split 'validation'"),
-        (
-            {s: {"text": ["a"], "label": [1]} for s in ("train", "validation")},
-            r"no column 'sentence', only \['text', 'label'\]",
-        ),
-    ],
-)
-def test_a_data_set_of_another_form_is_named(tmp_path, splits, message):
-    for name, columns in splits.items():
-        file = tmp_path / "data" / f"{name}-0.parquet"
-        file.parent.mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(columns).to_parquet(file)
-    with pytest.raises(ValueError, match=message):
-        data.load_reviews(str(tmp_path))

@@ -21,7 +21,7 @@ IMPORTS = {
     "fast": {"torch", "utils.ppo"},
     "settings": set(),
     "training": {"torch", "utils", "utils.settings"},
-    "inputs": {"torch", "datasets", "huggingface_hub"},
+    "inputs": {"torch", "datasets", "huggingface_hub", "tqdm"},
 }
 
 

@@ -18,6 +18,7 @@ from tests import hub
 from tests.conftest import ROOT
 from utils.data import load_reviews
 from utils.models import load_causal_lm
+from utils.settings import TINY
 
 pytestmark = pytest.mark.faults
 LOAD = """
@@ -30,7 +31,7 @@ from utils.settings import FULL
 tokenizer = load_tokenizer(FULL.model_name)
 model = load_causal_lm(FULL.model_name).eval()
 RewardModel.from_pretrained(FULL.model_name)
-reviews = load_reviews(FULL.dataset_name)
+reviews = load_reviews(FULL)
 ids = tokenizer("the plot is dull")["input_ids"]
 print(json.dumps({
     "ids": ids,
@@ -41,7 +42,7 @@ print(json.dumps({
 """
 
 
-def load(code=LOAD, **environ):
+def load(code=LOAD, *arguments, **environ):
     ours = {
         name: value
         for name, value in os.environ.items()
@@ -49,7 +50,7 @@ def load(code=LOAD, **environ):
     }
     environ = {**ours, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env=environ,
         capture_output=True,
@@ -89,7 +90,7 @@ def test_model_and_tokenizer_come_from_the_hub(loaded, world):
 
 
 def test_the_data_set_comes_from_the_hub(loaded, world):
-    reviews = load_reviews(str(world / "dataset"))
+    reviews = load_reviews(TINY)
     assert loaded["rows"] == {name: len(split) for name, split in reviews.items()}
     assert loaded["first"] == reviews["train"]["sentence"][0]
 
@@ -98,10 +99,11 @@ FAULTY = """
 import json
 from utils.data import load_reviews
 from utils.models import load_causal_lm
+from utils.settings import FULL
 
 said = {}
 for what, load, name in (
-    ("model", load_causal_lm, "gpt2"), ("data set", load_reviews, "stanfordnlp/sst2")
+    ("model", load_causal_lm, "gpt2"), ("data set", load_reviews, FULL)
 ):
     try:
         load(name)
@@ -130,6 +132,77 @@ def nobody():
     """An address where nobody listens, as without a network."""
     with never_answers() as address:
         return contextlib.nullcontext(address)
+
+
+OWN = """
+import dataclasses, json, sys
+from utils.data import load_reviews
+from utils.settings import FULL
+
+said = []
+for name, config in json.loads(sys.argv[1]):
+    named = dataclasses.replace(FULL, dataset_name=name, dataset_config=config)
+    try:
+        said.append(load_reviews(named)["train"]["sentence"][:])
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+print(json.dumps(said))
+"""
+
+
+def test_data_sets_of_other_forms(tmp_path, survived):
+    """Several in one, as `glue`; none but a script; nothing at all."""
+    for name in ("sst2", "cola"):
+        folder = tmp_path / "glue" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            rows = [{"sentence": f"{name} {y}", "label": y} for y in (0, 1)]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text(text)
+    (tmp_path / "glue" / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: cola\n  data_files:\n"
+        "  - {split: train, path: cola/train.jsonl}\n"
+        "  - {split: validation, path: cola/validation.jsonl}\n"
+        "- config_name: sst2\n  data_files:\n"
+        "  - {split: train, path: sst2/train.jsonl}\n"
+        "  - {split: validation, path: sst2/validation.jsonl}\n---\n"
+    )
+    for name in ("script", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "script" / "script.py").write_text("import datasets\n")
+    (tmp_path / "empty" / "README.md").write_text("nothing here\n")
+    glue = "nyu-mll/glue"
+    chosen = rf"^ValueError: data set '{glue}' is several in one; .* one of {{}}, with "
+    both = chosen.format("'?cola'?, '?sst2'?")
+    plain = "^ValueError: the data set '{}' is not one of plain data files .*name anoth"
+    cases = {
+        (glue, ""): both,
+        (glue, "sst"): both,
+        ("me/script", ""): plain.format("me/script"),
+        ("me/empty", ""): plain.format("me/empty"),
+        ("glue/sst2", ""): "^FileNotFoundError: .* no public .*dataset_config",
+        ("nyu-mll/glue/sst2", ""): "^FileNotFoundError: .*; .*dataset_config",
+        (glue, "sst2"): ["sst2 0", "sst2 1"],
+        (glue, "cola"): ["cola 0", "cola 1"],
+    }
+    served = {n: tmp_path / n.split("/")[1] for n in (glue, "me/script", "me/empty")}
+    home, names = str(tmp_path / "home"), json.dumps(list(cases))
+    with hub.serve({}, served) as address:
+        done = load(OWN, names, HF_ENDPOINT=address, HF_HOME=home)
+    said = json.loads(done.stdout.splitlines()[-1])
+    for (case, says), sentence in zip(cases.items(), said, strict=True):
+        if isinstance(says, list):
+            assert sentence == says
+        else:
+            assert re.search(says, sentence), sentence
+            survived(f"hub: {' '.join(case)}", sentence)
+    # From the cache alone
+    names = json.dumps([(glue, ""), (glue, "sst2")])
+    done = load(OWN, names, HF_HUB_OFFLINE="1", HF_HOME=home)
+    asked, again = json.loads(done.stdout.splitlines()[-1])
+    assert again == cases[glue, "sst2"]
+    assert re.search(both, asked), asked
 
 
 IMPATIENT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}

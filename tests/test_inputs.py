@@ -4,7 +4,6 @@ import dataclasses
 import json
 import socket
 
-import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -25,70 +24,16 @@ from utils.settings import TINY
 from utils.support import preflight
 
 pytestmark = pytest.mark.faults
-GOOD = {"sentence": ["fine", "bad"], "label": [1, 0]}
 
 
-def saved(folder, **splits):
-    """A folder with these columns for each split."""
-    for name, columns in splits.items():
-        file = folder / "data" / f"{name}-0.parquet"
-        file.parent.mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(columns).to_parquet(file)
-    return str(folder)
+def reviews_of(name):
+    return load_reviews(dataclasses.replace(TINY, dataset_name=name))
 
 
-@pytest.mark.parametrize(
-    "train, says",
-    [
-        ({"text": ["a", "b"], "label": [0, 1]}, r"no column 'sentence', only \['text'"),
-        ({"sentences": ["a", "b"], "label": [0, 1]}, "rename its 'sentences'"),
-        ({"sentence": ["a", "b"], "labels": [0, 1]}, "rename its 'labels'"),
-        (
-            {"sentence": ["a", "b"], "label": [1, -1]},
-            "label 1 of split 'train'.* is -1",
-        ),
-        ({"sentence": ["a", "b"], "label": [1, None]}, "label 1 .* is None"),
-        ({"sentence": ["a", "b"], "label": [1, 1]}, "all 2 labels .* are 1, so there"),
-        (
-            {"sentence": ["a", None], "label": [1, 0]},
-            "sentence 1 .* is None, and no text",
-        ),
-        ({"sentence": [3, 4], "label": [1, 0]}, "sentence 0 .* is 3, and no text"),
-        (
-            {"sentence": ["a", "  "], "label": [1, 0]},
-            "sentence 1 .* is '  ': nothing but",
-        ),
-        ({"sentence": [], "label": []}, "no data set that can .*no data|0 rows"),
-    ],
-)
-def test_a_data_set_that_cannot_do(tmp_path, survived, train, says):
-    # Splits must agree in their columns and types, or they do not load at all
-    alike = train.keys() == GOOD.keys() and isinstance((*train["sentence"], 0)[0], str)
-    name = saved(tmp_path, train=train, validation=GOOD if alike else train)
-    with pytest.raises(ValueError, match=says) as caught:
-        load_reviews(name)
-    assert "\n" not in str(caught.value)
-    survived(f"data set of {train}", str(caught.value))
-
-
-def test_the_validation_split_is_checked_too(tmp_path):
-    one_sided = {"sentence": ["a", "b"], "label": [0, 0]}
-    with pytest.raises(ValueError, match="of split 'validation' .* are 0"):
-        load_reviews(saved(tmp_path, train=GOOD, validation=one_sided))
-
-
-def test_labels_of_a_test_split_are_not_asked_for(tmp_path):
-    hidden = {"sentence": ["a", "b"], "label": [-1, -1]}  # as in SST-2
-    reviews = load_reviews(saved(tmp_path, train=GOOD, validation=GOOD, test=hidden))
-    assert len(reviews["test"]) == 2
-
-
-def test_a_very_long_sentence_is_cut(tmp_path, world):
-    long = {"sentence": ["fine " * 50_000, "bad"], "label": [1, 0]}
-    reviews = load_reviews(saved(tmp_path, train=long, validation=GOOD))
+def test_a_very_long_sentence_is_cut(world):
     tokenizer = load_tokenizer(str(world / "model"))
-    rows = tokenize(reviews["train"]["sentence"], tokenizer, TINY.max_tokens)
-    assert len(rows[0]) == TINY.max_tokens and rows[0][-1] == tokenizer.eos_token_id
+    (row,) = tokenize(["fine " * 50_000], tokenizer, TINY.max_tokens)
+    assert len(row) == TINY.max_tokens and row[-1] == tokenizer.eos_token_id
 
 
 def test_a_sentence_that_holds_eos(world, survived):
@@ -104,7 +49,7 @@ def test_a_sentence_that_holds_eos(world, survived):
 
 @pytest.mark.parametrize(
     "name, what",
-    [("./nowhere", load_reviews), ("/no/where", load_causal_lm),
+    [("./nowhere", reviews_of), ("/no/where", load_causal_lm),
      ("runs/no/model", load_tokenizer), ("runs/no/model", RewardModel.from_pretrained)],
 )  # fmt: skip
 def test_a_folder_that_does_not_exist(survived, name, what):
@@ -125,7 +70,7 @@ def test_a_local_folder_needs_no_network(world, monkeypatch):
     monkeypatch.chdir(world)
     load_tokenizer("model")  # which might be a name on the hub too
     load_causal_lm("model")
-    load_reviews("dataset")
+    reviews_of("dataset")
     assert not asked
 
 

@@ -35,7 +35,7 @@ def test_the_sft_model_is_close_to_the_grammars_entropy(series, world):
     folder, _ = series
     lm = freeze(load_causal_lm(folder / "sft"))
     tokenizer = load_tokenizer(folder / "sft")
-    held_out = load_reviews(str(world / "dataset"))["validation"]["sentence"]
+    held_out = load_reviews(TINY)["validation"]["sentence"]
     total = 0.0
     for row in tokenize(held_out, tokenizer, TINY.max_tokens):
         ids = torch.tensor([row])
@@ -61,7 +61,7 @@ def test_the_reward_model_is_accurate(series, world, metrics):
     folder, _ = series
     model = freeze(RewardModel.from_pretrained(folder / "reward_model"))
     tokenizer = load_tokenizer(folder / "reward_model")
-    split = load_reviews(str(world / "dataset"))["validation"].select(range(200))
+    split = load_reviews(TINY)["validation"].select(range(200))
     right = 0
     for row, label in zip(
         tokenize(split["sentence"], tokenizer, 64), split["label"], strict=True

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from utils.settings import ALL, FULL, TINY, Settings, load_settings
+from utils.settings import ALL, FULL, TINY, Settings, as_written, load_settings
 
 
 def test_the_presets():
@@ -76,6 +76,8 @@ def test_what_a_setting_changes_is_said_once_for_each():
     """What artefacts, runs and expected figures depend on, in one place."""
     kinds = {name: set(TINY.that_change(name)) for name in ALL}
     common = {"preset", "model_name", "dataset_name", "seed", "max_tokens"}
+    common |= {"dataset_config", "text_column", "label_column", "positive_label"}
+    common |= {"negative_label", "train_split", "validation_split", "validation_share"}
     fields = {field.name for field in dataclasses.fields(Settings)}
     sft = {name for name in fields if name.startswith("sft_")}
     rm = {name for name in fields if name.startswith("rm_")}
@@ -92,3 +94,12 @@ def test_what_differs_from_the_preset_is_said():
     assert TINY.changes == [] == FULL.changes
     changed = dataclasses.replace(TINY, kl_coef=0.2, seed=7)
     assert changed.changes == ["seed 7 instead of 42", "kl_coef 0.2 instead of 0.1"]
+
+
+def test_a_setting_that_did_not_exist_yet_was_at_its_default():
+    """What was made before is still taken up, and only with the defaults."""
+    then = {"preset": "tiny", "kl_coef": 0.3}
+    assert as_written(then) == dataclasses.asdict(
+        dataclasses.replace(TINY, kl_coef=0.3)
+    )
+    assert as_written({"kl_coef": 0.3}) == {"kl_coef": 0.3}  # of what preset?

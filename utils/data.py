@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from utils.inputs import check_reviews, check_tokenizer, loading
+from utils import reviews
+from utils.inputs import check_tokenizer, loading
 
 
 def load_tokenizer(name: str):
@@ -23,17 +24,28 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_reviews(name: str) -> datasets.DatasetDict:
-    """The splits of a data set with the columns `sentence` and `label` (0 or 1).
+def load_reviews(settings) -> datasets.DatasetDict:
+    """The splits `train` and `validation`, with the columns `sentence` and `label`.
 
-    `name` is a name on the hub or a local folder. Raises ValueError if a split (train,
-    validation) or a column is missing, if a sentence is no text or blank, or if not
-    all labels are 0 or 1, with both there.
+    A label is 1 (positive) or 0 (negative); each split has both. `dataset_name` is a
+    name on the hub, a folder or a file, and the settings beside it say what splits,
+    columns and labels are called there. Without a validation split, a share of train
+    is kept back. Raises ValueError, naming the setting, if anything does not fit.
     """
-    with loading("data set", name):
-        reviews = datasets.load_dataset(name)
-    check_reviews(reviews, name)
-    return reviews
+    found = reviews.read_dataset(settings.dataset_name, settings.dataset_config)
+    splits = reviews.choose_splits(found, settings)
+    columns = reviews.sentences_and_labels(splits, settings)
+    if "validation" not in columns:
+        columns = reviews.keep_back(columns["train"], settings)
+        print(
+            f"no split {settings.validation_split!r} among {list(found)}: of "
+            f"{settings.train_split}, {len(columns['validation']['label']):,} rows are "
+            f"kept back for it, and {len(columns['train']['label']):,} left"
+        )
+    reviews.check_both_labels(columns, settings)
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict(rows) for name, rows in columns.items()}
+    )
 
 
 def clean(sentence: str) -> str:

@@ -5,7 +5,7 @@ training starts.
 """
 
 import contextlib
-import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +14,11 @@ from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import constants, hf_hub_download, repo_info
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
+
+# Some write it behind the name, as was once the way
+HINTS = {"data set": " (a configuration goes into the setting dataset_config)"}
+# In what datasets says if a configuration is missing or unknown: those there are
+CONFIGURATIONS = re.compile(r"config[^:]*: \[?(.+?)\]?$", re.IGNORECASE | re.MULTILINE)
 
 
 def _first_line(error) -> str:
@@ -33,13 +38,18 @@ def _kinds(error) -> set[str]:
     return names
 
 
+def _is_here(what, name) -> bool:
+    """Whether it lies on this machine: a folder, and a data set may be a file too."""
+    return Path(name).is_dir() or (what == "data set" and Path(name).is_file())
+
+
 def _unreachable(what, name):
     """What keeps the hub from being reached, or None; a refusal is an answer too.
 
     The libraries would find out late, or never: they wait for a model's description
     without end, and a minute, six times over, for each file that is not there yet.
     """
-    if Path(name).is_dir():
+    if _is_here(what, name):
         return None
     repo_type = "dataset" if what == "data set" else "model"
     try:
@@ -76,10 +86,10 @@ def loading(what: str, name):
     """
     name = str(name)
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path and not Path(name).is_dir():
+    if is_path and not _is_here(what, name):
         raise FileNotFoundError(
             f"there is no folder {name!r} to load the {what} from; correct the name, "
-            "or name a repository of the Hugging Face Hub"
+            f"or name a repository of the Hugging Face Hub{HINTS.get(what, '')}"
         )
     unreachable = _unreachable(what, name)
     try:
@@ -111,16 +121,34 @@ def download_weights(name: str):
 
 def _explained(error, what, name, unreachable):
     """The same error in one sentence, with the remedy."""
-    if Path(name).is_dir():
-        return ValueError(
-            f"the folder {name!r} holds no {what} that can be loaded "
-            f"({_first_line(error)}); make it anew, or name another"
-        )
     kinds = _kinds(error)
+    found = what == "data set" and CONFIGURATIONS.search(str(error))
+    if found and type(error) is ValueError:
+        return ValueError(
+            f"data set {name!r} is several in one; choose a configuration, one of "
+            f"{found[1]}, with the setting dataset_config"
+        )
+    if _is_here(what, name):
+        kind, remedy = "folder", "make it anew, or name another"
+        if "EmptyDatasetError" in kinds:
+            remedy = "put CSV, JSONL or Parquet files into it, or name another"
+        if Path(name).is_file():
+            kind, remedy = "file", "mend it (CSV: in UTF-8, names of columns on top)"
+        return ValueError(
+            f"the {kind} {name!r} holds no {what} that can be loaded "
+            f"({_first_line(error.__cause__ or error)}); {remedy}"
+        )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return FileNotFoundError(
             f"the Hugging Face Hub has no public {what} {name!r}, and there is no "
-            "such folder here; correct the name"
+            f"such folder here; correct the name{HINTS.get(what, '')}"
+        )
+    if kinds & {"EmptyDatasetError", "DataFilesNotFoundError"} or (
+        isinstance(error, RuntimeError) and "scripts" in str(error)
+    ):
+        return ValueError(
+            f"the data set {name!r} is not one of plain data files "
+            f"({_first_line(error)}); name another, or a file or folder here"
         )
     unreadable = kinds & {"JSONDecodeError", "UnicodeDecodeError"}
     refused = kinds & {"HfHubHTTPError", "TransportError"} or isinstance(error, OSError)
@@ -138,58 +166,6 @@ def _explained(error, what, name, unreachable):
         f"({_first_line(error)}); delete what is left of it in {caches} and run "
         "this again"
     )
-
-
-def check_reviews(reviews, name: str):
-    """Raise ValueError unless both splits hold sentences, and labels of both kinds."""
-    for split in ("train", "validation"):
-        if split not in reviews:
-            raise ValueError(
-                f"data set {name!r} has no split {split!r}, only {list(reviews)}; "
-                "name one that has both train and validation"
-            )
-    for split in ("train", "validation"):
-        rows = reviews[split]
-        for column in ("sentence", "label"):
-            if column not in rows.column_names:
-                names = rows.column_names
-                near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-                which = f"rename its {near[0]!r}" if near else "rename its columns"
-                raise ValueError(
-                    f"data set {name!r} has no column {column!r}, only {names}; "
-                    f"{which} (rename_column of datasets), save it to a folder, and "
-                    "name that"
-                )
-        if not len(rows):
-            raise ValueError(
-                f"split {split!r} of data set {name!r} has 0 rows; name another one"
-            )
-        _check_rows(rows, f"of split {split!r} of data set {name!r}")
-
-
-def _check_rows(rows, where):
-    remedy = "take such rows out (filter of datasets), save it, and name the folder"
-    for i, sentence in enumerate(rows["sentence"][:]):
-        if not isinstance(sentence, str):
-            raise ValueError(
-                f"sentence {i} {where} is {sentence!r}, and no text; {remedy}"
-            )
-        if not sentence.strip():
-            raise ValueError(
-                f"sentence {i} {where} is {sentence!r}: nothing but EOS would be left; "
-                f"{remedy}"
-            )
-    labels = rows["label"][:]
-    for i, label in enumerate(labels):
-        if label not in (0, 1):
-            raise ValueError(
-                f"label {i} {where} is {label!r}, and neither 0 nor 1; {remedy}"
-            )
-    if len(set(labels)) < 2:
-        raise ValueError(
-            f"all {len(labels)} labels {where} are {labels[0]}, so there is nothing "
-            "to tell apart; name a data set with both 0 and 1"
-        )
 
 
 def check_tokenizer(tokenizer, name):

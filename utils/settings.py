@@ -37,7 +37,17 @@ class Settings:
     preset: str = setting("full", ALL)
     # What is trained on what: a name on the Hugging Face Hub, or a local folder
     model_name: str = setting("gpt2", ALL)
-    dataset_name: str = setting("stanfordnlp/sst2", ALL)
+    dataset_name: str = setting("stanfordnlp/sst2", ALL)  # or a file: CSV, JSONL, ...
+    # What is called how in the data set
+    dataset_config: str = setting("", ALL)  # which one, where several have one name
+    text_column: str = setting("sentence", ALL)
+    label_column: str = setting("label", ALL)
+    positive_label: str = setting("1", ALL)  # or several: 4,5 or >3
+    negative_label: str = setting("", ALL)  # likewise; empty: the only other one
+    train_split: str = setting("train", ALL)
+    validation_split: str = setting("validation", ALL)
+    # Share of train that is kept back if there is no validation split
+    validation_share: float = setting(0.1, ALL, least=0.01, most=0.5)
     runs_dir: str = setting("runs", NOTHING)  # artefacts: <runs_dir>/<preset>/ [folder]
     # The expected figures hold for any seed
     seed: int = setting(42, ("sft", "reward_model", "policy"), least=0)
@@ -98,6 +108,15 @@ class Settings:
         for one in dataclasses.fields(self):
             if one.type is not str:
                 self._check_range(one, getattr(self, one.name))
+        for one, other in (
+            ("text_column", "label_column"),
+            ("train_split", "validation_split"),
+        ):
+            if getattr(self, one) == getattr(self, other):
+                raise ValueError(
+                    f"{one} and {other} are both {getattr(self, one)!r}; "
+                    "set one of them to another"
+                )
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 "precision must be auto, float32, bfloat16 or float16, "
@@ -183,6 +202,12 @@ TINY = Settings(
     frontier_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
+
+
+def as_written(values: dict) -> dict:
+    """Settings from a file, with the defaults of those that did not exist yet."""
+    preset = PRESETS.get(values.get("preset"))
+    return {**dataclasses.asdict(preset), **values} if preset else values
 
 
 def _nearest(word, words) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from utils.settings import as_written
+
 STAGES = ("sft", "reward_model", "policy")  # in the order of the notebooks
 
 
@@ -121,7 +123,7 @@ def _read(settings, name, folder) -> dict:
                 pass
         made_with = json.loads((folder / "settings.json").read_text())
         json.loads((folder / "metrics.json").read_text())
-        return dict(made_with)
+        return as_written(dict(made_with))
     except (FileNotFoundError, ValueError, TypeError, SafetensorError) as error:
         aside = set_aside(folder)
         raise ValueError(

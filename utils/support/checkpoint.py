@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from utils.settings import as_written
 from utils.support.artefacts import set_aside
 from utils.support.fingerprint import fingerprint, fingerprints_of_code
 from utils.training import trunk_dtype
@@ -128,7 +129,7 @@ def _of_today(function):
 
 def _changes(then: dict, now: dict) -> str:
     """What is different between two keys, in words; empty if nothing is."""
-    old, new = then["settings"], now["settings"]
+    old, new = as_written(then["settings"]), now["settings"]
     changes = [
         f"{name} {old.get(name)!r} instead of {value!r}"
         for name, value in new.items()
