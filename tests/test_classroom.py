@@ -454,6 +454,8 @@ def runs_of_others(world, short, tmp_path_factory):
         runs = {}
         for name, model in other_models(world, short, folder).items():
             environ = {"RLHF_MODEL_NAME": model, "RLHF_RUNS_DIR": str(folder / name)}
+            # After so few reviews, random weights judge no better than guessing
+            environ["RLHF_TRAIN_ANYWAY"] = "1"
             run = started(**{**short, **environ})
             runs[name] = (stack.enter_context(run), folder / name / "tiny")
         yield runs

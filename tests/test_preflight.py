@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from utils.support.notebook import import_cells
 from utils.support.preflight import GIB, memory_needed, preflight
 
 START = ("policy", "reference", "reward_model", "optimizer", "rollout", "tokenizer")
+LEARNS = ("settings", "sft_responses", "reward_folder")
 
 
 @functools.cache
@@ -27,8 +30,11 @@ def loop():
     return import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
 
 
-def healthy():
-    """All that a run of PPO starts from."""
+def healthy(folder=Path("nowhere")):
+    """All that a run of PPO starts from; the reward model's figures in a folder."""
+    if folder.exists():
+        figures = {"after": {"accuracy": 0.9}, "baseline": 0.5, "validation_rows": 800}
+        (folder / "metrics.json").write_text(json.dumps(figures))
     policy = PolicyWithValueHead(small_lm()).float().eval()
     reference = freeze(copy.deepcopy(policy.lm))
     return SimpleNamespace(
@@ -39,17 +45,19 @@ def healthy():
         rollout=collect(loop(), policy, reference),
         tokenizer=SimpleNamespace(eos_token_id=EOS),
         settings=SETTINGS,
+        sft_responses=[[3, i, EOS] for i in range(1, 9)] * 8,
+        reward_folder=folder,
     )
 
 
 def check(start):
-    preflight(*(getattr(start, name) for name in START), start.settings)
+    preflight(*(getattr(start, name) for name in START + LEARNS))
 
 
-def test_a_healthy_start_gets_a_tick_on_every_line(capsys):
-    check(healthy())
+def test_a_healthy_start_gets_a_tick_on_every_line(tmp_path, capsys):
+    check(healthy(tmp_path))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 13
     assert all(line.startswith("✓") for line in lines)
 
 

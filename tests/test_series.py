@@ -17,6 +17,7 @@ from utils.data import clean, load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.practice import tiny_world
 from utils.settings import TINY
+from utils.support.learning import new_signs
 from utils.support.notebook import NOTEBOOKS
 
 
@@ -84,6 +85,7 @@ def test_ppo_reaches_its_goal(metrics):
 def test_the_history_is_healthy(metrics):
     history = metrics["policy"]["history"]
     assert len(history) == TINY.ppo_steps
+    assert not any(new_signs(history[:n], []) for n in range(len(history) + 1))
     assert history[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(history[0]["score"]) < 0.3  # normalised on the SFT model's samples
     explained = [step["explained_variance"] for step in history[-10:]]

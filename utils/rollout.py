@@ -11,6 +11,10 @@ from transformers import DynamicCache
 from utils.fast import draw_tokens, hidden_states_by_length, linear_logprobs
 from utils.models import cache_argument, position_ids, vocabulary_weight
 
+# Spread of scores, relative to the largest, that may be rounding: some ten times what
+# small GPT-2s show or more (1e-7, 1e-4 and 1e-3), since deeper ones round more often
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 
 @torch.no_grad()
 def sample_responses(
@@ -268,6 +272,36 @@ def has_ended(input_ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
 def squash(raw_scores: Tensor) -> Tensor:
     """Raw logits as 2 sigmoid(logit) - 1, between -1 and 1, as reports give them."""
     return 2 * torch.sigmoid(raw_scores) - 1
+
+
+def response_tokens(input_ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids of each response, EOS included: (B, P + T), mask (B, T)."""
+    rows, lengths = input_ids[:, -mask.shape[1] :].tolist(), mask.sum(dim=1).tolist()
+    return [row[:n] for row, n in zip(rows, lengths, strict=True)]
+
+
+def score_scale(raw_scores: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean and standard deviation of raw scores (B,), by which others are normalised.
+
+    `dtype` is the trunk's. Raises ValueError if a score is not finite, or if they
+    differ by their rounding only: divided by that, it would become scores of ±1.
+    """
+    n, off = len(raw_scores), raw_scores[~raw_scores.isfinite()]
+    if len(off):
+        raise ValueError(
+            f"the reward model gives {len(off)} of {n} SFT responses no finite score "
+            f"({off[0].item()}); set precision to float32, or train it again"
+        )
+    mean, std = raw_scores.mean().item(), raw_scores.std().item()
+    largest = raw_scores.abs().max().item()
+    if not std > ROUNDING[dtype] * largest:  # NaN, if there is only one
+        raise ValueError(
+            f"the reward model says the same to {n} SFT responses: raw scores around "
+            f"{mean:.3g} with a spread of {std:.0e}, which is rounding in "
+            f"{str(dtype).removeprefix('torch.')}; train it on more data, with another "
+            "seed or rm_lr"
+        )
+    return mean, std
 
 
 def normalise_scores(

@@ -103,6 +103,8 @@ class Settings:
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
     best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
     checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
+    # 1: PPO starts although the preflight sees that it would not learn
+    train_anyway: int = setting(0, NOTHING, least=0)
 
     def __post_init__(self):
         for one in dataclasses.fields(self):

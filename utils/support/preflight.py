@@ -17,6 +17,7 @@ from utils.models import load_config
 from utils.practice import tiny_world
 from utils.rollout import evaluate_responses, in_pieces
 from utils.settings import load_settings, parse_field
+from utils.support.learning import ANYWAY, outlook
 from utils.support.notebook import (
     how_to_save_memory,
     no_widgets,
@@ -204,12 +205,31 @@ def _memory(policy, settings, device):
     return needed <= free, f"{remedy} or ppo_rollout_size", found
 
 
+def _tell(results):
+    """Print a line for each; what failed."""
+    marks = {True: "✓", False: "✗", None: "–"}
+    for name, (good, remedy) in results.items():
+        print(marks[good], name if good else remedy)
+    return [remedy for good, remedy in results.values() if good is False]
+
+
 @torch.no_grad()
-def preflight(policy, reference, reward_model, optimizer, rollout, tokenizer, settings):
+def preflight(
+    policy,
+    reference,
+    reward_model,
+    optimizer,
+    rollout,
+    tokenizer,
+    settings,
+    sft_responses,
+    reward_folder,
+):
     """Check what PPO takes for granted; one line each, a tick or what to do.
 
-    `rollout` is a first one of the untrained policy. Raises RuntimeError, with all
-    that failed, if anything did.
+    `rollout` is a first one of the untrained policy; see `outlook` for the last two.
+    Raises RuntimeError, with all that failed, if anything did; with `train_anyway` not
+    for what only keeps PPO from learning.
     """
     gc.collect()  # an earlier policy and its optimiser refer to each other
     device, temperature = rollout.mask.device, settings.temperature
@@ -235,7 +255,12 @@ def preflight(policy, reference, reward_model, optimizer, rollout, tokenizer, se
         ),
         f"there is enough memory ({found})": (enough, lower),
     }
-    for name, (good, remedy) in results.items():
-        print(f"✓ {name}" if good else f"✗ {remedy}")
-    if failed := [remedy for good, remedy in results.values() if not good]:
-        raise RuntimeError("PPO would go wrong: " + "; ".join(failed))
+    eos_id = tokenizer.eos_token_id
+    wrong = _tell(results)
+    hopeless = _tell(outlook(sft_responses, reward_folder, eos_id, settings))
+    if wrong:
+        raise RuntimeError("PPO would go wrong: " + "; ".join(wrong + hopeless))
+    if hopeless and not settings.train_anyway:
+        raise RuntimeError("PPO would not learn: " + "; ".join([*hopeless, ANYWAY]))
+    if hopeless:
+        print("PPO starts all the same, since train_anyway is set")
