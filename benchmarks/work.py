@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import random
-import resource
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 
+import psutil
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -29,7 +30,12 @@ from utils.rollout import (
     squash,
 )
 from utils.settings import Settings
-from utils.training import seed_everything
+from utils.training import get_device, seed_everything
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 GPT2_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256}
 GPT2_WORDS = 50257
@@ -71,8 +77,8 @@ class Work:
 
     @functools.cached_property
     def device(self):
-        """A GPU if there is one."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """A GPU if there is one, or what the settings name."""
+        return get_device(self.settings)
 
     @functools.cached_property
     def tokenizer(self):
@@ -283,7 +289,10 @@ def peak_memory(device) -> float:
     """The most memory that this process (on a GPU: its tensors) ever held, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def run_ppo(module, work: Work, **limits) -> dict:

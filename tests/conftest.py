@@ -1,6 +1,7 @@
 """What the tests share: the tiny world, and one run of the series in it."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+WINDOWS = ROOT / "tests" / "windows"  # mapped files refuse to be replaced, everywhere
+runpy.run_path(str(WINDOWS / "sitecustomize.py"))
+path = [str(WINDOWS), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(path)
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 from utils.practice import tiny_world  # noqa: E402
+
+# In tests that kill a process
+needs_posix = pytest.mark.skipif(
+    not hasattr(os, "killpg"), reason="Windows has no SIGKILL, process group or fork"
+)
 
 
 def run_series(*arguments, cwd=ROOT, **environ):

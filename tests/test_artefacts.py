@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import needs_posix
 from tests.test_rollout import small_lm
 from utils.data import load_tokenizer
 from utils.models import RewardModel
@@ -221,6 +222,7 @@ def keep_saving(settings):
         save_artefact(settings, "sft", model, tokenizer, {"number": number})
 
 
+@needs_posix
 @pytest.mark.slow
 def test_killed_at_any_moment_an_artefact_is_whole(settings, survived):
     """`kill -9` while one artefact replaces the other, again and again."""

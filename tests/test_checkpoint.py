@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import needs_posix
 from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_loop import score
 from tests.test_rollout import EOS, PROMPTS, small_lm
@@ -393,6 +394,7 @@ def train_to_the_end(settings):
     started(settings).go()
 
 
+@needs_posix
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_where_it_would_have(settings, whole, survived):
     """`kill -9` again and again, and each time on from the checkpoint.
@@ -437,6 +439,7 @@ def write_for_ever(path):
         write_state(path, {}, {"number": number, "tensors": tensors})
 
 
+@needs_posix
 @pytest.mark.slow
 def test_killed_while_it_is_written_a_checkpoint_is_whole(tmp_path, survived):
     path = tmp_path / "ppo.safetensors"

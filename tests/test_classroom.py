@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -124,9 +124,19 @@ def copied(whole, runs, *names):
     return {"RLHF_RUNS_DIR": str(runs)}
 
 
+def kill_all(process):
+    """A process and all that it started, at once; on Windows too."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+        for one in (process, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def started(*arguments, **environ):
-    """`python -m utils`, running, in a group of its own; `said()` ends with it."""
+    """`python -m utils`, running; `said()` waits until it has ended."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
     with tempfile.TemporaryFile("w+", encoding="utf8") as log:
         process = subprocess.Popen(
@@ -135,7 +145,6 @@ def started(*arguments, **environ):
             env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
             stdout=log,
             stderr=log,
-            start_new_session=True,
         )
 
         def said():
@@ -147,9 +156,7 @@ def started(*arguments, **environ):
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_all(process)
 
 
 def wait_for_rollouts(process, checkpoint, number):
@@ -178,7 +185,7 @@ def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
     assert "run the same command again, with --only 3. PPO goes on from" in error
     with started("--only", "3", **environ) as process:
         second = wait_for_rollouts(process, checkpoint, first + 2)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
     assert not (tmp_path / "tiny" / "policy").exists()
     done = run_series("--only", "3", **environ)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -186,6 +193,8 @@ def test_ppo_goes_on_after_kill_9(whole, short, tmp_path, survived):
     said = (tmp_path / "tiny" / "3-RLHF.ipynb").read_text()
     resumed = int(re.search(r"PPO goes on after (\d+) of 10 rollouts", said)[1])
     assert second <= resumed < 10
+    # The file that it went on from could be replaced, also where Windows is imitated
+    assert len(read_state(checkpoint)[1]["run"]["history"]) == 10
     assert figures(tmp_path / "tiny") == figures(whole[0])
     weights = "policy/model.safetensors"
     assert (tmp_path / "tiny" / weights).read_bytes() == (
@@ -420,6 +429,15 @@ def llama_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def opt_tokenizer(tokenizer):
+    """As OPT's: every text begins with the token that ends one."""
+    words, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
+    template = {"single": f"{eos} $A", "special_tokens": [(eos, 0)]}
+    words.post_processor = processors.TemplateProcessing(**template)
+    names = {"bos_token": eos, "eos_token": eos}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
 def other_models(world, short, folder):
     """Folders with models that learners might name instead."""
     gpt2s = load_tokenizer(str(world / "model"))
@@ -427,7 +445,18 @@ def other_models(world, short, folder):
     llamas = llama_tokenizer(reviews)
     ids = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
     larger = GPT2Config(n_layer=4, n_head=4, n_embd=96, n_positions=96, **ids)
-    distilled = GPT2Config(n_layer=1, n_head=2, n_embd=48, n_positions=80, **ids)
+    opts = opt_tokenizer(load_tokenizer(str(world / "model")))
+    distilled = OPTConfig(
+        hidden_size=48,
+        word_embed_proj_dim=32,
+        ffn_dim=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        do_layer_norm_before=False,
+        pad_token_id=1,
+        **ids,
+    )
     llama = LlamaConfig(
         vocab_size=len(llamas),
         hidden_size=48,
@@ -441,7 +470,7 @@ def other_models(world, short, folder):
     )
     return {
         "a larger GPT-2": other_model(folder / "larger", larger, gpt2s),
-        "a distilled GPT-2": other_model(folder / "distilled", distilled, gpt2s),
+        "a distilled OPT": other_model(folder / "distilled", distilled, opts),
         "a Llama": other_model(folder / "llama", llama, llamas),
     }
 

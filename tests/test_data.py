@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from utils import data
 from utils.settings import TINY
@@ -20,6 +21,53 @@ def test_tokenize_strips_and_ends_in_eos(tokenizer):
 def test_tokenize_cuts_long_texts_and_keeps_the_eos(tokenizer):
     (row,) = data.tokenize(["the plot is dull . " * 9], tokenizer, max_tokens=6)
     assert len(row) == 6 and row[-1] == tokenizer.eos_token_id
+
+
+TEMPLATES = {"nothing": "$A", "before": "{} $A", "behind": "$A {}", "both": "{} $A {}"}
+
+
+@pytest.fixture(params=TEMPLATES)
+def adding(request, world):
+    """Tokenizers that put EOS before a text (OPT's), behind it, both, or nowhere."""
+    tokenizer = data.load_tokenizer(str(world / "model"))
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    template = TEMPLATES[request.param].replace("{}", eos[0])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[eos]
+    )
+    tokenizer.front = [eos[1]] if template.startswith(eos[0]) else []
+    return tokenizer
+
+
+def test_what_a_tokenizer_adds_is_no_fault_of_the_text(adding, tokenizer):
+    eos, words = adding.eos_token_id, tokenizer("never dull")["input_ids"]
+    assert eos not in words
+    (row,) = data.tokenize(["never dull "], adding, max_tokens=10)
+    assert row == [*adding.front, *words, eos]
+    (row,) = data.tokenize(["the plot is dull . " * 9], adding, max_tokens=6)
+    assert len(row) == 6 and row[-1] == eos and row[: len(adding.front)] == adding.front
+    assert data.encode(["never dull"], adding) == [[*adding.front, *words]]
+    for text in (f"never {adding.eos_token} dull", adding.eos_token):
+        with pytest.raises(ValueError, match="holds the EOS token"):
+            data.tokenize([text], adding, max_tokens=10)
+
+
+def test_prompts_begin_as_the_tokenizer_begins_and_never_end_in_eos(adding, tokenizer):
+    words = ["funny", "dull", "superb", "witty", "bland", "clever", "moving", "tender"]
+    texts = [f"the acting is {a} , but the plot is {b} ." for a in words for b in words]
+    prompts = data.make_prompts(texts, adding, TINY, seed=0)
+    plain = data.make_prompts(texts, tokenizer, TINY, seed=0)
+    assert prompts == [adding.front + prompt for prompt in plain]
+    assert not any(adding.eos_token_id in prompt for prompt in plain)
+
+
+def test_a_tokenizer_that_adds_nothing_gives_what_it_always_gave(tokenizer):
+    """The rows and prompts of every run so far, worked out as they were then."""
+    texts = ["never dull ", "the acting is superb , but the plot is dull ."]
+    plain = tokenizer([text.strip() for text in texts])["input_ids"]
+    rows = data.tokenize(texts, tokenizer, max_tokens=8)
+    assert rows == [row[:7] + [tokenizer.eos_token_id] for row in plain]
+    assert data.tokens_in_front(tokenizer) == []
 
 
 def test_pad_by_hand():

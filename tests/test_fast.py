@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.mac import on_a_mac
 from tests.test_models import ROWS, gpt2, llama
 from utils import fast, ppo
 from utils.data import pad
@@ -169,3 +170,59 @@ def test_texts_grouped_by_length_give_the_same_states(make, side, monkeypatch):
         assert widths == [(2, 2), (2, 4), (1, 5)]
         for states, end in zip(grouped, (5, 2, 2, 4, 4), strict=True):
             assert states[end:].eq(0).all()
+
+
+def test_a_place_on_a_mac_is_as_fine_as_float64s(monkeypatch):
+    """Two draws of 24 bits make one of 48, between 0 and 1, spread evenly."""
+    drawn, rand = [], torch.rand
+
+    def record(*shape, **options):
+        assert options.pop("dtype", torch.float32) == torch.float32  # all that it has
+        assert options.pop("device").type == "mps"
+        drawn.append(rand(*shape, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "rand", record)
+    generator = torch.Generator().manual_seed(0)
+    places = fast.random_places(4000, torch.device("mps"), generator)
+    assert places.dtype == torch.float64 and places.shape == (4000, 1)
+    assert places.min() >= 0 and places.max() < 1
+    high, low = drawn[0].double()
+    assert torch.equal(places, high + low / 2**24)
+    assert (places.mean() - 0.5).abs() < 4 / math.sqrt(12 * 4000)
+
+
+def test_places_elsewhere_are_what_they_always_were():
+    """Else the seeded figures of every run would change."""
+    seeded = (torch.Generator().manual_seed(3) for _ in range(2))
+    ours = fast.random_places(5, torch.device("cpu"), next(seeded))
+    theirs = torch.rand((5, 1), dtype=torch.float64, generator=next(seeded))
+    assert torch.equal(ours, theirs)
+
+
+def test_tokens_are_drawn_on_a_mac_as_on_a_cpu(monkeypatch):
+    """The probabilities end to end on the CPU, which has float64; the same places."""
+    hidden, weight = torch.randn(100, 4), torch.randn(9, 4)
+    place = torch.linspace(0, 1, 101, dtype=torch.float64)[:-1, None]
+    places = iter(place.split(fast.DRAWS))
+    monkeypatch.setattr(fast, "random_places", lambda *_: next(places))
+    expected = fast.draw_tokens(hidden, weight)
+    places = iter(place.split(fast.DRAWS))
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *a, **k: on_a_mac(softmax(*a, **k)))
+    assert torch.equal(fast.draw_tokens(hidden, weight), expected)
+
+
+@pytest.mark.parametrize(
+    "device, waits", [("cuda", False), ("mps", True), ("cpu", True)]
+)
+def test_only_cuda_is_sent_to_without_a_wait(device, waits):
+    """A Mac's copies without a wait have been wrong in public reports."""
+    calls = []
+
+    class Sent:
+        def to(self, device, non_blocking):
+            calls.append((str(device), non_blocking))
+
+    fast.send(Sent(), torch.device(device))
+    assert calls == [(device, device == "cuda")]

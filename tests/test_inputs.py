@@ -173,6 +173,14 @@ def test_the_first_cell_stands_above_the_environment(world, monkeypatch, capsys)
         preflight.prepare("policy", "", {"kl_coef": -1})
 
 
+def test_what_stands_in_front_of_a_prompt_is_read_too():
+    fits = LlamaConfig(max_position_embeddings=66)
+    short = dataclasses.replace(TINY, max_new_tokens=59)  # and prompts of 7
+    inputs.check_context(fits, short)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 67, but .* lower max_new"):
+        inputs.check_context(fits, short, front=1)
+
+
 def test_a_model_without_a_limit_passes():
     inputs.check_context(LlamaConfig(max_position_embeddings=66), TINY)
     config, endless = MambaConfig(), dataclasses.replace(TINY, max_tokens=10_000)

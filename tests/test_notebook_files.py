@@ -245,3 +245,41 @@ def test_the_readme_shows_the_texts_and_figures_of_the_committed_run():
     for line in lines:
         name, figures = line[:42].strip(), re.split(r" {2,}", line[42:].strip())
         assert f"| {name} | {' | '.join(figures)} |" in readme
+
+
+def test_the_readme_and_the_requirements_name_the_same_pythons():
+    """And CI tries the newest; what runs the tests is one of them."""
+    readme = (ROOT / "README.md").read_text("utf8")
+    low, high = re.search(r"Python (3\.\d+) to (3\.\d+)", readme).groups()
+    requirements = (ROOT / "requirements.txt").read_text("utf8")
+    assert requirements.startswith(f"# Python {low} or newer; tried with {low}, ")
+    assert requirements.splitlines()[0].endswith(f" and {high}")
+    settings = (ROOT / "docs/settings.md").read_text("utf8")
+    assert f"Python {low} or newer; {low}, 3.12 and {high} are tried" in settings
+    assert f"interpreter {high}" in (ROOT / ".ci/run").read_text("utf8")
+    lowest = tuple(map(int, low.split(".")))
+    assert sys.version_info[:2] >= lowest
+
+
+def test_powershell_gets_the_readmes_two_commands():
+    """What is installed and what is run, in the words of Windows."""
+    readme = (ROOT / "README.md").read_text("utf8")
+    joined = readme.replace("\\\n", " ")
+    bash = re.findall(r"^ +python3 -m venv .*$", joined, re.M)
+    windows = re.findall(
+        r"^ {4}\S.*$", (ROOT / "docs/settings.md").read_text("utf8"), re.M
+    )
+    windows = [line.strip() for line in windows if "Scripts" in line]
+    found = "; ".join(windows).split("; ")
+    python = ".venv\\Scripts\\python"
+    expected = []
+    for command in bash:
+        install, run = re.search(
+            r"&& pip (install -r \S+)\s+&& python (.*)$", command
+        ).groups()
+        expected += [
+            "py -m venv .venv",
+            f"{python} -m pip {install}",
+            f"{python} {run}",
+        ]
+    assert len(bash) == 2 and found == expected

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.test_loop import SETTINGS, collect, guarded
+from tests.mac import on_a_mac
+from tests.test_loop import SETTINGS, collect, guarded, score
 from tests.test_rollout import EOS, small_lm
 from utils import rollout as rollout_module
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.ppo import policy_loss
 from utils.rollout import evaluate_responses
 from utils.settings import FULL
+from utils.support import preflight as preflight_module
 from utils.support.notebook import import_cells
-from utils.support.preflight import GIB, memory_needed, preflight
+from utils.support.preflight import GIB, device_error, memory_needed, preflight
 
 START = ("policy", "reference", "reward_model", "optimizer", "rollout", "tokenizer")
 LEARNS = ("settings", "sft_responses", "reward_folder")
@@ -28,6 +31,18 @@ LEARNS = ("settings", "sft_responses", "reward_folder")
 @functools.cache
 def loop():
     return import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
+
+
+class Tokenizer:
+    """One word, with what stands in front of every text."""
+
+    eos_token_id = EOS
+
+    def __init__(self, *front):
+        self.front = list(front)
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": (self.front if add_special_tokens else []) + [5]}
 
 
 def healthy(folder=Path("nowhere")):
@@ -43,7 +58,7 @@ def healthy(folder=Path("nowhere")):
         reward_model=freeze(RewardModel(small_lm(seed=2).base_model).float()),
         optimizer=guarded(policy),
         rollout=collect(loop(), policy, reference),
-        tokenizer=SimpleNamespace(eos_token_id=EOS),
+        tokenizer=Tokenizer(),
         settings=SETTINGS,
         sft_responses=[[3, i, EOS] for i in range(1, 9)] * 8,
         reward_folder=folder,
@@ -151,6 +166,40 @@ def test_a_sick_start_is_named_and_stopped(infect, capsys):
     assert "✗" in capsys.readouterr().out
 
 
+def with_prompts(*prompts):
+    """A healthy start whose first rollout answers these."""
+    start = healthy()
+    generator, models = (
+        torch.Generator().manual_seed(0),
+        (start.policy, start.reference),
+    )
+    start.rollout = loop()["collect_rollout"](
+        *models, score, prompts * 8, EOS, SETTINGS, generator
+    )
+    return start
+
+
+@pytest.mark.parametrize(
+    "front, first, again",
+    [
+        ((EOS,), [EOS], False),
+        ((EOS,), [EOS], True),
+        ((), [EOS], True),
+        ((7,), [7], False),
+    ],
+)
+def test_eos_may_stand_where_the_tokenizer_puts_it(front, first, again):
+    """In front of a prompt, as OPT's does, and only once."""
+    start = with_prompts(
+        [*first, 5, 6, 7], [*first, 3], [*first, EOS if again else 4, 2]
+    )
+    start.tokenizer = Tokenizer(*front)
+    if not again:
+        return check(start)
+    with pytest.raises(RuntimeError, match="must close a response, once"):
+        check(start)
+
+
 def without_position_ids(monkeypatch):
     """Positions as transformers would count them, from the padding on."""
 
@@ -200,3 +249,55 @@ def test_gpt2_fits_a_t4():
     lm = SimpleNamespace(config=config)
     policy = SimpleNamespace(lm=lm, parameters=lambda: iter(weights))
     assert 4 < memory_needed(policy, FULL) / GIB < 10
+
+
+def test_the_error_of_a_device_is_that_of_its_log_probabilities(monkeypatch):
+    lm, real = small_lm().float(), preflight_module.response_logprobs
+    assert device_error(lm, "cpu") == 0
+    calls = []
+
+    def wrong_at_first(*arguments):
+        calls.append(arguments)
+        wrong = torch.zeros(6)
+        wrong[2] = 0.25 if len(calls) == 1 else 0
+        return real(*arguments) + wrong
+
+    monkeypatch.setattr(preflight_module, "response_logprobs", wrong_at_first)
+    assert device_error(lm, "cpu") == pytest.approx(0.25, abs=1e-5)
+    _, ids, mask, response = calls[0]
+    assert (ids >= 0).all() and (ids < 10).all()  # words of this small vocabulary
+    assert mask.sum(dim=1).tolist() == [12, 10, 8, 6] and (mask.diff() >= 0).all()
+    assert response.shape == (4, 6) and response.all()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("off, stays", [(1e-5, True), (0.5, False), (math.nan, False)])
+def test_a_mac_that_computes_wrongly_is_left_for_the_cpu(
+    world, monkeypatch, capsys, survived, off, stays
+):
+    """GPT-2 on a Mac's GPU has been wrong in public reports. Untried on a real one."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(preflight_module, "device_error", lambda lm, device: off)
+    names = {"model_name": str(world / "model"), "dataset_name": str(world / "dataset")}
+    changes = {"device": "mps", **names}
+    _, device = preflight_module.prepare("sft", "tiny", changes)
+    said = capsys.readouterr().out.splitlines()
+    assert device == torch.device("mps" if stays else "cpu")
+    assert f"preset: tiny, on {device} in float32" in said
+    sentence = f"on mps the log-probabilities are up to {off:.1g} nats off the CPU's"
+    assert any(line.startswith(sentence) for line in said) != stays
+    survived(f"a Mac's GPU is {off} nats off the CPU", said[0])
+
+
+@pytest.mark.parametrize("off, good", [(1e-5, True), (0.5, False), (math.nan, False)])
+def test_the_trained_model_is_compared_with_the_cpu_too(monkeypatch, capsys, off, good):
+    start = healthy()
+    start.rollout.mask = on_a_mac(start.rollout.mask)
+    monkeypatch.setattr(preflight_module, "_padding", lambda *_: (True, ""))
+    monkeypatch.setattr(preflight_module, "device_error", lambda lm, device: off)
+    if good:
+        check(start)
+        assert "✓ the device computes what the CPU does" in capsys.readouterr().out
+        return
+    with pytest.raises(RuntimeError, match="off the CPU's; set device to cpu"):
+        check(start)

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_posix
 from utils.support import run
 from utils.support.notebook import NOTEBOOKS
 
@@ -75,6 +75,7 @@ sys.exit(run.main(["--only", "1,3"]))
 """
 
 
+@needs_posix
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])

@@ -12,13 +12,16 @@ def test_the_presets():
     assert FULL.ppo_steps * FULL.ppo_rollout_size == FULL.ppo_episodes
 
 
+WORDS = {"precision": "float16", "device": "cpu"}
+
+
 def test_every_field_can_be_set_from_the_environment():
     for field in dataclasses.fields(Settings):
         value = getattr(FULL, field.name)
         if field.name == "preset":
             continue
-        if field.name == "precision":
-            other = "float16"
+        if field.name in WORDS:
+            other = WORDS[field.name]
         elif field.name == "ppo_micro_batch_size":
             other = value // 2
         elif field.name in ("sft_warmup", "gamma", "gae_lambda"):
@@ -50,6 +53,8 @@ def test_every_field_can_be_set_from_the_environment():
         ("RLHF_GAE_LAMBDA", "1.5", "gae_lambda must be from 0 to 1.*1.5"),
         ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
         ("RLHF_PRECISION", "int8", "precision.*'int8'"),
+        ("RLHF_DEVICE", "gpu", "device must be auto, cpu, cuda or mps, got 'gpu'"),
+        ("RLHF_DEVICE", "cuda:1", "device must be auto, cpu, .*'cuda:1'"),
         ("RLHF_PRESETS", "1", "RLHF_PRESETS.*there is no setting 'presets'"),
         ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
     ],
@@ -82,7 +87,7 @@ def test_what_a_setting_changes_is_said_once_for_each():
     sft = {name for name in fields if name.startswith("sft_")}
     rm = {name for name in fields if name.startswith("rm_")}
     free = {"runs_dir", "ppo_micro_batch_size", "frontier_rollouts", "best_of_n"}
-    free |= {"checkpoint_every", "train_anyway"}
+    free |= {"checkpoint_every", "device", "train_anyway"}
     assert kinds["sft"] == common | sft
     assert kinds["reward_model"] == common | rm
     assert kinds["policy"] == fields - sft - rm - free

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -9,11 +10,12 @@ import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.mac import on_a_mac
 from tests.test_loop import CELLS, collect, guarded
 from tests.test_loop import SETTINGS as LOOP_SETTINGS
 from tests.test_rollout import small_lm
 from utils.models import PolicyWithValueHead, freeze
-from utils.settings import FULL
+from utils.settings import FULL, TINY
 from utils.support.notebook import ROOT, import_cells
 from utils.training import (
     accumulate_gradients,
@@ -203,18 +205,95 @@ def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
         assert get_device(FULL).type == "cpu"
 
 
+def a_machine_with(monkeypatch, cuda=False, mps=False):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
 @pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+    "wanted, there, found",
+    [
+        ("auto", {}, "cpu"),
+        ("auto", {"cuda": True}, "cuda"),
+        ("auto", {"mps": True}, "cpu"),  # a Mac's GPU has to be asked for
+        ("cpu", {"cuda": True, "mps": True}, "cpu"),
+        ("cuda", {"cuda": True}, "cuda"),
+        ("mps", {"mps": True}, "mps"),
+    ],
 )
-def test_precision_follows_the_gpu(monkeypatch, capability, dtype):
-    """A T4 (7.5) emulates bfloat16 and says that it supports it; it gets float16."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+def test_the_device_is_the_one_that_is_named(monkeypatch, wanted, there, found):
+    a_machine_with(monkeypatch, **there)
+    settings = dataclasses.replace(TINY, device=wanted)
+    assert get_device(settings) == torch.device(found)
+    assert trunk_dtype(settings, torch.device("mps")) == torch.float32
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("wanted", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_named(monkeypatch, survived, wanted):
+    a_machine_with(monkeypatch)
+    says = f"^device is '{wanted}', and PyTorch finds none here; set it to"
+    with pytest.raises(ValueError, match=says) as e:
+        get_device(dataclasses.replace(TINY, device=wanted))
+    assert "\n" not in str(e.value)
+    survived(f"RLHF_DEVICE={wanted} where there is none", str(e.value))
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype",
+    [
+        ({"major": 7, "minor": 5}, torch.float16),  # a T4, which emulates bfloat16
+        ({"major": 8, "minor": 0}, torch.bfloat16),
+        ({"gcnArchName": "gfx1030", "major": 10}, torch.float16),  # RDNA2
+        ({"gcnArchName": "gfx906:sramecc+:xnack-", "major": 9}, torch.float16),
+        ({"gcnArchName": "gfx1100", "major": 11}, torch.bfloat16),  # RDNA3
+        ({"gcnArchName": "gfx90a:sramecc+:xnack-", "major": 9}, torch.bfloat16),
+        ({"gcnArchName": "gfx942", "major": 9}, torch.bfloat16),
+    ],
+)
+def test_precision_follows_the_gpu(monkeypatch, gpu, dtype):
+    """Of AMD's, what NVIDIA calls the compute capability says nothing."""
+    hip = "6.4" if "gcnArchName" in gpu else None
+    monkeypatch.setattr(torch.version, "hip", hip)
+    a_machine_with(monkeypatch, cuda=True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(**gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (gpu["major"], 0)
+    )
     device = torch.device("cuda")
     assert trunk_dtype(FULL, device) == dtype
     assert trunk_dtype(FULL, torch.device("cpu")) == torch.float32
     forced = dataclasses.replace(FULL, precision="float32")
     assert trunk_dtype(forced, device) == torch.float32
+
+
+def test_the_imitated_mac_has_no_float64():
+    x = on_a_mac(torch.ones(3))
+    assert x.device.type == "mps" and (x + 1).device.type == "mps"
+    for make in (
+        lambda: x.double(),
+        lambda: x.to(torch.float64),
+        lambda: x.cumsum(0, dtype=torch.float64),
+    ):
+        with pytest.raises(TypeError, match="float64"):
+            make()
+    assert x.cpu().double().sum() == 3 and x.to("cpu").device.type == "cpu"
+
+
+def test_gradients_are_clipped_on_a_mac(monkeypatch):
+    """To the same bound, with the same look at what is not finite."""
+    norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(
+        torch.nn.utils, "get_total_norm", lambda grads: on_a_mac(norm(grads))
+    )
+    model = model_with_gradients([3.0, 0.0], [0.0, 4.0])
+    clip_gradients(model, 1.0, SCALER, {"loss": on_a_mac(torch.tensor(2.0))})
+    assert model["w0"].grad.tolist() == pytest.approx([0.6, 0.0], rel=1e-5)
+    assert model["w1"].grad.tolist() == pytest.approx([0.0, 0.8], rel=1e-5)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        clip_gradients(model, 1.0, SCALER, {"loss": on_a_mac(torch.tensor(NAN))})
 
 
 @pytest.fixture

@@ -57,18 +57,37 @@ def clean(sentence: str) -> str:
     return sentence.strip()
 
 
+def tokens_in_front(tokenizer) -> list[int]:
+    """What a tokenizer puts before every text: a BOS, or (as GPT-2's) nothing."""
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    fits = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return whole[: next(fits, 0)]
+
+
+def encode(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of each text with what the tokenizer puts in front, and no EOS behind.
+
+    Some tokenizers would put one there; a prompt must have none.
+    """
+    front = tokens_in_front(tokenizer)
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [front + row for row in rows]
+
+
 def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]]:
     """Token ids of each cleaned sentence, ending in EOS, at most max_tokens long.
 
-    Raises ValueError if a sentence holds EOS already: a text would end in its middle.
+    They begin as the tokenizer begins every text, be it with EOS. Raises ValueError if
+    a sentence holds EOS already: a text would end in its middle.
     """
-    rows = tokenizer([clean(sentence) for sentence in sentences])["input_ids"]
+    rows = encode([clean(sentence) for sentence in sentences], tokenizer)
+    front = len(tokens_in_front(tokenizer))
     for row, sentence in zip(rows, sentences, strict=True):
-        if tokenizer.eos_token_id in row:
+        if tokenizer.eos_token_id in row[front:]:
             raise ValueError(
                 f"the sentence {sentence[:60]!r} holds the EOS token "
-                f"{tokenizer.eos_token!r}; take it out of the data set, or take a "
-                "tokenizer that adds none"
+                f"{tokenizer.eos_token!r}; take it out of the data set"
             )
     return [row[: max_tokens - 1] + [tokenizer.eos_token_id] for row in rows]
 
@@ -127,7 +146,8 @@ def make_prompts(
 
     A sentence counts if it has at least `prompt_min_words` words and does not stand
     in `exclude`; each gives one prompt of `prompt_min_tokens` to `prompt_max_tokens`
-    tokens. Raises ValueError if none is left.
+    tokens, and before them what the tokenizer puts in front of every text. Raises
+    ValueError if none is left.
     """
     rng = random.Random(seed)
     unique = dict.fromkeys(clean(sentence) for sentence in sentences)
@@ -143,4 +163,5 @@ def make_prompts(
         )
     rng.shuffle(long)
     lengths = (settings.prompt_min_tokens, settings.prompt_max_tokens)
-    return [row[: rng.randint(*lengths)] for row in tokenizer(long)["input_ids"]]
+    front = len(tokens_in_front(tokenizer))
+    return [row[: front + rng.randint(*lengths)] for row in encode(long, tokenizer)]

@@ -94,7 +94,7 @@ def measure_rollouts(
             prompt, response = text[:-n], text[-n:]
             responses.append(response)
             texts = {
-                "prompt": tokenizer.decode(prompt),
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
                 "response": tokenizer.decode(response, skip_special_tokens=True),
                 "text": tokenizer.decode(text, skip_special_tokens=True),
             }

@@ -4,6 +4,8 @@ Each function names the plain version that it equals; `tests/test_fast.py` holds
 two together. Nobody has to read this file to understand PPO.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,14 +86,34 @@ def draw_tokens(
             probs = torch.softmax(
                 F.linear(rows.to(weight.dtype), weight) / temperature, dim=-1
             )
-        ends = probs.cumsum(dim=-1, dtype=torch.float64)
-        places = torch.rand(
-            (len(rows), 1), dtype=ends.dtype, device=ends.device, generator=generator
-        )
+        places = random_places(len(rows), probs.device, generator)
+        ends = probs.to(places.device).cumsum(dim=-1, dtype=places.dtype)
         found = torch.searchsorted(ends, places * ends[:, -1:], right=True)
         # Of a row of NaN it finds V, one behind the last word
         tokens.append(found.clamp(max=len(weight) - 1))
-    return torch.cat(tokens).squeeze(1)
+    return torch.cat(tokens).squeeze(1).to(hidden.device)
+
+
+def random_places(n: int, device, generator=None) -> Tensor:
+    """`torch.rand((n, 1), dtype=torch.float64)`, on the CPU if the device is a Mac's.
+
+    Its GPU has no float64, so two numbers of 24 bits make one of 48.
+    """
+    if device.type != "mps":
+        options = {"dtype": torch.float64, "device": device}
+        return torch.rand((n, 1), generator=generator, **options)
+    high, low = torch.rand((2, n, 1), device=device, generator=generator).cpu().double()
+    return high + low * 2**-24
+
+
+def send(x: Tensor, device) -> Tensor:
+    """`x.to(device)`, without a wait if it is CUDA, which is known to do that right."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def takes_positions(trunk: nn.Module) -> bool:
+    """Whether it can be told positions: BLOOM and MPT count them from the mask."""
+    return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
 def hidden_states_by_length(
@@ -114,13 +136,15 @@ def hidden_states_by_length(
     order, states = ends.argsort(), []
     for group in order.split(GROUP):
         end = int(ends[group[-1]])
-        group = group.to(device, non_blocking=True)
+        group = send(group, device)
+        positions = {}
+        if takes_positions(trunk):
+            positions["position_ids"] = position_ids[group, :end]
         output = trunk(
             inputs_embeds=embedded[group, :end],
             attention_mask=attention_mask[group, :end],
-            position_ids=position_ids[group, :end],
             use_cache=False,
+            **positions,
         )
         states.append(F.pad(output.last_hidden_state, (0, 0, 0, length - end)))
-    back = order.argsort().to(device, non_blocking=True)
-    return torch.cat(states)[back]
+    return torch.cat(states)[send(order.argsort(), device)]

@@ -7,6 +7,7 @@ training starts.
 import contextlib
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -194,16 +195,17 @@ def check_same_tokenizer(tokenizer, other, names=("sft", "reward_model")):
         )
 
 
-def check_context(config, settings):
+def check_context(config, settings, front: int = 0):
     """Raise ValueError if a text of these settings is longer than the model can read.
 
-    A model without a limit in its configuration passes.
+    `front` is how many tokens the tokenizer puts before each prompt. A model without
+    a limit in its configuration passes.
     """
     limit = getattr(config, "max_position_embeddings", None)
     longest = {
         "max_tokens": settings.max_tokens,
         "prompt_max_tokens + max_new_tokens": (
-            settings.prompt_max_tokens + settings.max_new_tokens
+            front + settings.prompt_max_tokens + settings.max_new_tokens
         ),
     }
     for name, tokens in longest.items():
@@ -229,4 +231,36 @@ def check_causal(lm, name):
         raise ValueError(
             f"{str(name)!r} looks at later tokens ({type(lm).__name__} is no causal "
             "language model), so it cannot write; name one such as 'gpt2'"
+        )
+
+
+@contextlib.contextmanager
+def trying(name):
+    """Turn what a model raises while it is tried out into one sentence, with its name.
+
+    What `utils` says itself passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        *_, place = traceback.extract_tb(error.__traceback__)
+        if Path(place.filename).parent == Path(__file__).parent:
+            raise
+        raise ValueError(
+            f"{str(name)!r} cannot be read as this series reads a model "
+            f"({_first_line(error)}); name another, such as 'gpt2'"
+        ) from error
+
+
+def check_alike(found, expected, name, fault: str):
+    """Raise ValueError, with the fault, if two tensors differ by more than rounding.
+
+    By a thousandth of the largest number: float32 rounds to a ten-millionth, which the
+    layers of a large model make a hundred times as much.
+    """
+    off, largest = (found - expected).abs().max(), expected.abs().max()
+    if not off <= 1e-3 * largest:
+        raise ValueError(
+            f"{str(name)!r} cannot be used here: {fault} (by {off:.2g} of "
+            f"{largest:.2g}); name another model, such as 'gpt2'"
         )

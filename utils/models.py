@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from utils.inputs import check_causal, download_weights, loading
+from utils.fast import hidden_states_by_length, takes_positions
+from utils.inputs import (
+    check_alike,
+    check_causal,
+    download_weights,
+    loading,
+    trying,
+)
 
 
 def load_config(name: str):
@@ -31,7 +38,8 @@ def load_causal_lm(name: str, device="cpu"):
 
     float32 weights also where the trunk computes in half precision: the optimiser's
     small steps would be lost in the rounding of half-precision weights. Raises
-    ValueError if the model is not causal.
+    ValueError if the model is not causal, or not what `check_reading` and
+    `check_writing` ask for.
     """
     config = load_config(name)
     with loading("language model", name):
@@ -39,8 +47,23 @@ def load_causal_lm(name: str, device="cpu"):
         lm = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True
         )
-    check_causal(lm, name)
-    return lm.to(device)
+    with trying(name):
+        check_causal(lm, name)
+        check_reading(lm.base_model, name)
+        check_writing(lm, name)
+    return let_go_of_its_file(lm).to(device)
+
+
+@torch.no_grad()
+def let_go_of_its_file(model: nn.Module) -> nn.Module:
+    """The model, with weights that lie in memory and no longer in its file.
+
+    What was read stays mapped to the file otherwise, and Windows lets nobody replace
+    a file that is: neither this notebook nor another one could save its model anew.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -61,11 +84,40 @@ def hidden_states(
     trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
     """The trunk's last hidden states (B, L, d) for ids and mask (B, L)."""
+    positions = {}
+    if takes_positions(trunk):
+        positions["position_ids"] = position_ids(attention_mask)
     return trunk(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
         use_cache=False,
+        **positions,
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def states_size(trunk: nn.Module) -> int:
+    """d, the size of the trunk's hidden states, of which OPT-350m has two sizes."""
+    training, ids = trunk.training, torch.zeros(1, 1, dtype=torch.long)
+    ids = ids.to(trunk.device)
+    states = hidden_states(trunk.eval(), ids, torch.ones_like(ids))
+    trunk.train(training)
+    return states.shape[-1]
+
+
+def next_hidden_states(
+    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, start: int, cache
+) -> Tensor:
+    """`hidden_states` from place `start` on; the cache remembers what came before."""
+    positions = {}
+    if takes_positions(trunk):
+        positions["position_ids"] = position_ids(attention_mask)[:, start:]
+    return trunk(
+        input_ids=input_ids[:, start:],
+        attention_mask=attention_mask,
+        use_cache=True,
+        **{cache_argument(trunk): cache},
+        **positions,
     ).last_hidden_state
 
 
@@ -97,6 +149,60 @@ def vocabulary_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     weight = vocabulary_weight(lm)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.to(weight.dtype), weight)
+
+
+# Tokens that every vocabulary has, and another one to pad with
+TEXT, PADDING = (0, 1, 2, 1, 0), 3
+
+
+@torch.no_grad()
+def check_reading(trunk: nn.Module, name):
+    """Raise ValueError if padding on the left changes what a trunk reads.
+
+    The first time as a reward model reads, the second as PPO does: the embeddings are
+    looked up beforehand.
+    """
+    ids = torch.tensor([TEXT], device=trunk.device)
+    alone = hidden_states(trunk, ids, torch.ones_like(ids))
+    ids, mask = F.pad(ids, (3, 0), value=PADDING), F.pad(torch.ones_like(ids), (3, 0))
+    positions, ends = position_ids(mask), torch.tensor([ids.shape[1]])
+    for found in (
+        hidden_states(trunk, ids, mask),
+        hidden_states_by_length(trunk, ids, mask, positions, ends),
+    ):
+        check_alike(
+            found[:, 3:], alone, name, "padding on the left changes what it reads"
+        )
+
+
+@torch.no_grad()
+def check_writing(lm: nn.Module, name):
+    """Raise ValueError if a model writes otherwise than this series takes for granted.
+
+    Its logits must be `vocabulary_logits` of its states, also where they are large,
+    since what is small passes a cap unchanged. And with a cache, of which one of two
+    texts is then kept, it must read what it reads without one.
+    """
+    head, weight = lm.get_output_embeddings(), vocabulary_weight(lm)
+    ids = torch.tensor([TEXT, TEXT[::-1]], device=lm.device)
+    mask = torch.ones_like(ids)
+    states = hidden_states(lm.base_model, ids, mask)
+    random = torch.Generator().manual_seed(0)
+    large = torch.randn(states.shape, generator=random).to(weight)
+    large *= 10 / weight.norm(dim=1).mean()  # so that the logits are about 10
+    theirs = lm(input_ids=ids, attention_mask=mask).logits
+    hook = head.register_forward_pre_hook(lambda *_: (large,))
+    capped = lm(input_ids=ids, attention_mask=mask).logits
+    hook.remove()
+    for given, logits in ((states, theirs), (large, capped)):
+        ours = vocabulary_logits(lm, given).log_softmax(dim=-1)
+        fault = "it scales, caps or changes its logits"
+        check_alike(ours, logits.log_softmax(dim=-1), name, fault)
+    cache = DynamicCache(config=lm.config)
+    next_hidden_states(lm.base_model, ids[:, :3], mask[:, :3], 0, cache)
+    cache.batch_select_indices(torch.tensor([1], device=lm.device))
+    found = next_hidden_states(lm.base_model, ids[1:], mask[1:], 3, cache)
+    check_alike(found, states[1:, 3:], name, "it reads otherwise with a cache")
 
 
 class RewardHead(nn.Linear):
@@ -135,7 +241,7 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: nn.Module):
         super().__init__()
         self.trunk = trunk
-        self.head = RewardHead(trunk.config.hidden_size)
+        self.head = RewardHead(states_size(trunk))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw logits (B,) of "positive" for texts (B, L), padded on either side."""
@@ -153,11 +259,13 @@ class RewardModel(nn.Module):
             trunk = AutoModel.from_pretrained(
                 name, config=config, dtype=torch.float32, use_safetensors=True
             )
+        with trying(name):
+            check_reading(trunk, name)
         model = cls(trunk)
         head_file = Path(name) / cls.HEAD_FILE
         if head_file.exists():
             model.head.load_state_dict(load_file(head_file))
-        return model
+        return let_go_of_its_file(model)
 
     def save_pretrained(self, folder):
         """Write trunk and head as safetensors."""
@@ -171,4 +279,4 @@ class PolicyWithValueHead(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        self.value_head = ValueHead(lm.config.hidden_size)
+        self.value_head = ValueHead(vocabulary_weight(lm).shape[1])

@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from utils.fast import draw_tokens, hidden_states_by_length, linear_logprobs
-from utils.models import cache_argument, position_ids, vocabulary_weight
+from utils.fast import draw_tokens, hidden_states_by_length, linear_logprobs, send
+from utils.models import (
+    next_hidden_states,
+    position_ids,
+    vocabulary_weight,
+)
 
 # Spread of scores, relative to the largest, that may be rounding: some ten times what
 # small GPT-2s show or more (1e-7, 1e-4 and 1e-3), since deeper ones round more often
@@ -39,16 +43,9 @@ def sample_responses(
     attention_mask = F.pad(prompt_mask, (0, max_new_tokens))
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)  # not finished
     start, cache = 0, DynamicCache(config=lm.config)
-    cached = {cache_argument(lm.base_model): cache, "use_cache": True}
     for end in range(width, width + max_new_tokens):
-        mask = attention_mask[rows, :end]
-        output = lm.base_model(
-            input_ids=input_ids[rows, start:end],
-            attention_mask=mask,
-            position_ids=position_ids(mask)[:, start:],
-            **cached,
-        )
-        hidden = output.last_hidden_state[:, -1]
+        text = input_ids[rows, :end], attention_mask[rows, :end]
+        hidden = next_hidden_states(lm.base_model, *text, start, cache)[:, -1]
         tokens = draw_tokens(hidden, vocabulary_weight(lm), temperature, generator)
         input_ids[rows, end], attention_mask[rows, end] = tokens, 1
         start, alive = end, (tokens != eos_id).nonzero().squeeze(1)
@@ -93,7 +90,7 @@ def logprobs_from_hidden(
     `hidden` comes from `response_hidden_states`. The projection to the vocabulary is
     most of the arithmetic, so it is made for real response tokens only.
     """
-    real = mask.flatten().nonzero().squeeze(1).to(hidden.device, non_blocking=True)
+    real = send(mask.flatten().nonzero().squeeze(1), hidden.device)
     labels = input_ids[:, -mask.shape[1] :].flatten()[real]
     weight = vocabulary_weight(lm)
     hidden = hidden.flatten(0, 1)[real]
@@ -128,7 +125,7 @@ def evaluate_responses(
     """
     hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
     logprobs = logprobs_from_hidden(policy.lm, hidden, input_ids, mask, temperature)
-    outside = ~mask.bool().to(hidden.device, non_blocking=True)
+    outside = ~send(mask.bool(), hidden.device)
     return logprobs, policy.value_head(hidden).masked_fill(outside, 0)
 
 
@@ -183,7 +180,7 @@ class Batch:
 
     def rows(self, index: Tensor) -> "Batch":
         """The responses of this index, best in the CPU's memory."""
-        there = index.to(self.mask.device, non_blocking=True)
+        there = send(index, self.mask.device)
         parts = {name: x[there] for name, x in _tensors(self) if name != "cpu_mask"}
         return Batch(**parts, cpu_mask=self.cpu_mask[index.cpu()])
 

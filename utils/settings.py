@@ -14,6 +14,11 @@ SFT = ("sft", "figures")
 REWARD_MODEL = ("reward_model", "figures")
 POLICY = ("policy", "figures")
 NOTHING = ()
+# The settings that are one of a few words
+CHOICES = {
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+}
 
 
 def setting(default, changes=POLICY, least=None, above=0, most=math.inf):
@@ -51,6 +56,7 @@ class Settings:
     runs_dir: str = setting("runs", NOTHING)  # artefacts: <runs_dir>/<preset>/ [folder]
     # The expected figures hold for any seed
     seed: int = setting(42, ("sft", "reward_model", "policy"), least=0)
+    device: str = setting("auto", NOTHING)  # auto (cuda or cpu), cpu, cuda or mps
     precision: str = setting("auto")  # of the trunk: auto, float32, bfloat16 or float16
     max_tokens: int = setting(66, ALL, least=2)  # longer texts are cut [tokens]
 
@@ -119,11 +125,10 @@ class Settings:
                     f"{one} and {other} are both {getattr(self, one)!r}; "
                     "set one of them to another"
                 )
-        if self.precision not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(
-                "precision must be auto, float32, bfloat16 or float16, "
-                f"got {self.precision!r}"
-            )
+        for name, values in CHOICES.items():
+            if (value := getattr(self, name)) not in values:
+                listed = f"{', '.join(values[:-1])} or {values[-1]}"
+                raise ValueError(f"{name} must be {listed}, got {value!r}")
         if self.prompt_max_tokens < self.prompt_min_tokens:
             raise ValueError(
                 f"prompt_max_tokens ({self.prompt_max_tokens}) must be at least "

@@ -31,8 +31,24 @@ def default_preset() -> str:
 
 
 def get_device(settings: Settings) -> torch.device:
-    """The GPU if there is one, else the CPU, with a warning if that will be slow."""
-    if torch.cuda.is_available():
+    """The device that the settings name, or the GPU if there is one, else the CPU.
+
+    A Mac's GPU (mps) only where it is named. Warns if the CPU will be slow; raises
+    ValueError if the device that is named is not there.
+    """
+    wanted = settings.device
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(wanted, True):
+        raise ValueError(
+            f"device is {wanted!r}, and PyTorch finds none here; set it to "
+            "auto, or install the build of PyTorch that is made for it"
+        )
+    if wanted in there:
+        return torch.device(wanted)
+    if wanted == "auto" and there["cuda"]:
         return torch.device("cuda")
     if settings.preset == "full":
         warnings.warn(
@@ -47,15 +63,22 @@ def get_device(settings: Settings) -> torch.device:
 def trunk_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The precision of the trunk: what `precision` says, or the device's best.
 
-    bfloat16 from compute capability 8.0. torch.cuda.is_bf16_supported() also says
-    yes where bfloat16 is emulated, as on Colab's T4; float16 is fast there.
+    bfloat16 where a GPU has it, else float16, which is fast on Colab's T4: there, and
+    on AMD's older ones, bfloat16 would only be emulated.
     """
     if settings.precision != "auto":
         return getattr(torch, settings.precision)
     if device.type != "cuda":
         return torch.float32
-    capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if capable else torch.float16
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+
+
+def _has_bfloat16(device):
+    if not torch.version.hip:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Of AMD's, torch says yes for all; those that do it in hardware by their names
+    name = torch.cuda.get_device_properties(device).gcnArchName
+    return name.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
 
 
 def autocast(settings: Settings, device: torch.device):
@@ -183,7 +206,9 @@ def clip_gradients(
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights.values()])
     # Looked at all together, since the CPU waits for a GPU at each look
     looked_at = (x.detach().to(norm.device) for x in (norm, *figures.values()))
-    numbers = [x.double().flatten() for x in looked_at]
+    # A Mac's GPU has no float64, and then no number is of that type
+    widest = torch.float32 if norm.device.type == "mps" else torch.float64
+    numbers = [x.to(widest).flatten() for x in looked_at]
     if not torch.cat(numbers).isfinite().all():
         for name, value in figures.items():
             if not value.isfinite().all():

@@ -76,7 +76,9 @@ def read_state(path: Path) -> tuple[dict, dict]:
     try:
         with safe_open(path, "pt") as file:  # compares the size with the header
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what stays mapped to the file keeps Windows from replacing it
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise ValueError(str(error)) from None
     if header.get("kind") != KIND:
@@ -110,6 +112,8 @@ def _random_states() -> dict:
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -119,6 +123,8 @@ def _set_random_states(states):
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
 
 
 def _of_today(function):

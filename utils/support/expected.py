@@ -6,9 +6,8 @@
 import json
 from pathlib import Path
 
-import torch
-
 from utils.settings import as_written
+from utils.training import get_device
 
 FILE = Path(__file__).with_name("expected.json")
 
@@ -23,6 +22,6 @@ def expected(settings) -> dict[str, tuple[float, float]]:
     then = as_written(measured["settings"])
     if any(then[k] != v for k, v in settings.that_change("figures").items()):
         return {}
-    if torch.cuda.is_available():
+    if get_device(settings).type != "cpu":
         return {}
     return {name: tuple(found) for name, found in measured["figures"].items()}

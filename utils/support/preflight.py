@@ -3,6 +3,7 @@
 `prepare` begins every notebook; `preflight` checks the very objects that PPO will use.
 """
 
+import copy
 import dataclasses
 import gc
 import os
@@ -11,11 +12,11 @@ import types
 import psutil
 import torch
 
-from utils.data import load_tokenizer
+from utils.data import load_tokenizer, tokens_in_front
 from utils.inputs import check_context
-from utils.models import load_config
+from utils.models import load_causal_lm, load_config
 from utils.practice import tiny_world
-from utils.rollout import evaluate_responses, in_pieces
+from utils.rollout import evaluate_responses, in_pieces, response_logprobs
 from utils.settings import load_settings, parse_field
 from utils.support.learning import ANYWAY, outlook
 from utils.support.notebook import (
@@ -33,6 +34,8 @@ from utils.training import (
 
 GIB = 2**30
 HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precision
+# Rounding: 1e-4 nats at most where the logits lie near -100; a wrong result: far more
+ROUNDING = 1e-3
 
 
 def prepare(artefact: str, preset: str = "", changes=types.MappingProxyType({})):
@@ -56,20 +59,49 @@ def prepare(artefact: str, preset: str = "", changes=types.MappingProxyType({}))
     say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
     tiny_world.prepare(settings)
     name = settings.model_name
-    config, tokenizer = load_config(name), load_tokenizer(name)
-    check_context(config, settings)
+    config, tokenizer = load_config(name).get_text_config(), load_tokenizer(name)
+    check_context(config, settings, len(tokens_in_front(tokenizer)))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model only "
             f"{config.vocab_size}; take the tokenizer that belongs to it"
         )
     device = get_device(settings)
+    if device.type == "mps":
+        device = _trusted(device, settings)
     precision = str(trunk_dtype(settings, device)).removeprefix("torch.")
     print(f"preset: {settings.preset}, on {device} in {precision}")
     print(f"model: {name}, data set: {settings.dataset_name}")
     if settings.changes:
         print(f"changed: {', '.join(settings.changes)}")
     return settings, device
+
+
+@torch.no_grad()
+def device_error(lm, device) -> float:
+    """How far a device's log-probabilities are from the CPU's, at most [nats].
+
+    Of four texts that are padded on the left. The model is on the CPU afterwards.
+    """
+    ids = torch.arange(48).view(4, 12) * 37 % lm.get_input_embeddings().num_embeddings
+    mask = (torch.arange(12) >= 2 * torch.arange(4)[:, None]).long()
+    found = []
+    for place in (device, "cpu"):
+        text = ids.to(place), mask.to(place), mask[:, 6:]
+        found.append(response_logprobs(lm.to(place), *text).cpu())
+    return (found[0] - found[1]).abs().max().item()
+
+
+def _trusted(device, settings):
+    """This device if it computes what the CPU does, else the CPU."""
+    off = device_error(load_causal_lm(settings.model_name).eval(), device)
+    if off <= ROUNDING:
+        return device
+    print(
+        f"on {device} the log-probabilities are up to {off:.1g} nats off the CPU's, so "
+        "this runs on the CPU; another version of PyTorch may do better"
+    )
+    return torch.device("cpu")
 
 
 def _dropout(models):
@@ -151,13 +183,15 @@ def _padding(policy, rollout, settings):
         f"a padded text and the text alone differ by {worst:.0e} nats; let "
         "the position ids follow the attention mask"
     )
-    # Rounding: 1e-4 at most where the logits lie near -100; wrong positions: far more
-    return worst <= 1e-3, remedy
+    return worst <= ROUNDING, remedy
 
 
 def _one_eos(rollout, tokenizer, max_new_tokens):
     eos, width = tokenizer.eos_token_id, rollout.mask.shape[1]
-    found = (rollout.input_ids == eos) & rollout.attention_mask.bool()
+    # What the tokenizer puts in front of every text may be EOS, too
+    front = len(tokens_in_front(tokenizer))
+    counted = rollout.attention_mask.cumsum(dim=1) * rollout.attention_mask
+    found = (rollout.input_ids == eos) & (counted > front)
     in_prompt, in_response = found[:, :-width].any(), found[:, -width:]
     last = rollout.mask.cumsum(dim=1) == rollout.mask.sum(dim=1, keepdim=True)
     cut_off = rollout.mask.bool().all(dim=1) & (width == max_new_tokens)
@@ -168,6 +202,15 @@ def _one_eos(rollout, tokenizer, max_new_tokens):
         "the tokenizer, the prompts and the mask of the responses"
     )
     return bool(good), remedy
+
+
+def _device(policy, device):
+    off = device_error(copy.deepcopy(policy.lm), device)
+    remedy = (
+        f"on {device} the log-probabilities are up to {off:.1g} nats off the CPU's; "
+        "set device to cpu and run again from the first cell"
+    )
+    return off <= ROUNDING, remedy
 
 
 def memory_needed(policy, settings) -> float:
@@ -255,6 +298,8 @@ def preflight(
         ),
         f"there is enough memory ({found})": (enough, lower),
     }
+    if device.type == "mps":
+        results["the device computes what the CPU does"] = _device(policy, device)
     eos_id = tokenizer.eos_token_id
     wrong = _tell(results)
     hopeless = _tell(outlook(sft_responses, reward_folder, eos_id, settings))
