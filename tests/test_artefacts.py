@@ -85,7 +85,10 @@ def test_a_missing_artefact_names_both_ways_out(settings, saved):
         ({"seed": 7, "max_tokens": 9}, "with seed 42 instead of 7 and max_tokens 66"),
         ({"model_name": "gpt2-medium"}, "model_name 'runs/tiny/world/model' instead"),
         ({"dataset_name": "imdb"}, "dataset_name 'runs/tiny/world/dataset' instead of"),
-        ({"sft_batch_size": 8}, r"CHANGES = {'sft_batch_size': 32} in the first cell"),
+        (
+            {"sft_batch_size": 8},
+            "add {'sft_batch_size': 32} to CHANGES in",
+        ),
         ({"rm_lr": 0.5}, "run notebook 2 again"),
     ],
 )

@@ -10,11 +10,13 @@ from tests.test_rollout import EOS, small_lm
 from utils.data import load_tokenizer
 from utils.evaluation import (
     FIGURES,
+    best_possible,
     distinct_n,
     figures_table,
     train_judge,
 )
 from utils.models import PolicyWithValueHead, RewardModel, freeze
+from utils.practice.exact_world import ExactWorld
 from utils.settings import TINY
 from utils.support.notebook import ROOT, import_cells
 
@@ -151,3 +153,43 @@ def test_the_table_shows_what_was_measured():
     assert len(lines) == 3 and "expected" not in table
     assert lines[1].split()[-2:] == ["0.00", "2.35"] or lines[1].split()[-1] == "2.34"
     assert lines[2].startswith(FIGURES["eos_rate"][0]) and lines[2].endswith("50.0%")
+
+
+def test_the_best_possible_of_two_responses_by_hand():
+    """One is better by beta log 3: it gets three quarters, and J* is beta log 2."""
+    scores = torch.tensor([[0.0, 0.5 * math.log(3)], [1.0, 1.0]])
+    weights, best = best_possible(scores, kl_coef=0.5)
+    assert weights.tolist() == [pytest.approx([0.25, 0.75]), pytest.approx([0.5, 0.5])]
+    kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    score = 0.75 * 0.5 * math.log(3)
+    assert best["kl"] == pytest.approx(kl / 2)
+    assert best["score"] == pytest.approx((score + 1) / 2)
+    assert best["objective"] == pytest.approx((0.5 * math.log(2) + 1) / 2)
+
+
+@pytest.mark.parametrize("kl_coef", [0.25, 0.5, 1.0])
+def test_the_best_possible_is_that_of_the_exact_world(kl_coef):
+    """From 100,000 responses, within four standard errors (of exp(R / beta)'s mean)."""
+    world, n = ExactWorld(seed=7), 100_000
+    ref = world.logprobs(world.reference).exp().detach()
+    log_best, best_objective = world.optimum(kl_coef)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(ref, n, replacement=True, generator=generator)
+    _, found = best_possible(world.scores[drawn][None], kl_coef)
+    tilts = (world.scores.double() / kl_coef).exp()
+    mean = (ref * tilts).sum()
+    error = ((ref * (tilts - mean) ** 2).sum() / n).sqrt() / mean
+    assert abs(found["objective"] - best_objective) < 4 * kl_coef * error
+    best = log_best.detach().exp()
+    exact = (best * world.scores).sum().item()
+    assert found["score"] == pytest.approx(exact, abs=0.02)
+    kl = (best * (log_best.detach() - ref.log())).sum().item()
+    assert found["kl"] == pytest.approx(kl, abs=0.02)
+
+
+def test_what_has_no_best_possible_is_refused():
+    with pytest.raises(ValueError, match="kl_coef must be above 0, got 0"):
+        best_possible(torch.zeros(2, 4), 0)
+    for shape in ((4,), (4, 1)):
+        with pytest.raises(ValueError, match="two responses at least, got"):
+            best_possible(torch.zeros(shape), 0.1)

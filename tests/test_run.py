@@ -128,3 +128,22 @@ def test_without_saving_the_notebook_is_left_alone(project):
     before = (folder / "1-SFT.ipynb").read_bytes()
     run.main(["--only", "1"])
     assert (folder / "1-SFT.ipynb").read_bytes() == before
+
+
+def test_a_first_cell_that_asks_for_another_run_is_named(tmp_path, monkeypatch, capsys):
+    """What stands in it would count, and the command would seem to have been heard."""
+    for number, first in enumerate(
+        ('PRESET = ""\nCHANGES = {"sft_epochs": 3}', 'PRESET = "full"\nCHANGES = {}')
+    ):
+        cell = nbformat.v4.new_code_cell(first, id="parameters")
+        notebook = nbformat.v4.new_notebook(cells=[cell])
+        nbformat.write(notebook, tmp_path / NOTEBOOKS["1"])
+        monkeypatch.setattr(run, "ROOT", tmp_path)
+        with pytest.raises(SystemExit):
+            run.parse(["--only", "1"])
+        said = capsys.readouterr().err
+        assert ("{'sft_epochs': 3}", "'full'")[number] in said
+        assert said.strip().endswith("use --preset and --set here")
+    cell.source = 'PRESET = "tiny"\nCHANGES = {}'  # what the command asks for
+    nbformat.write(notebook, tmp_path / NOTEBOOKS["1"])
+    assert run.parse(["--only", "1"]).notebooks == [NOTEBOOKS["1"]]

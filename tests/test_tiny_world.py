@@ -1,5 +1,6 @@
 """The tiny world is what it says: exact, hard enough, and never in two splits."""
 
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -64,6 +65,10 @@ def test_the_least_loss_by_hand():
     found = tiny_world.least_loss(TINY, rows, tokenizer)
     assert found == {"the grammar": pytest.approx(nats / 7, rel=1e-9)}
     assert tiny_world.least_loss(FULL, rows, tokenizer) == {}
+    other = dataclasses.replace(TINY, model_name="gpt2")
+    assert tiny_world.least_loss(other, rows, tokenizer) == {}
+    texts[2] = "the plot is dull"  # cut off before its full stop
+    assert tiny_world.least_loss(TINY, rows, tokenizer) == {}
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_preset_is_what_the_machine_can_do(monkeypatch, capsys, gpu, preset)
 
 def test_without_a_gpu_full_warns_and_goes_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="RLHF_PRESET=tiny"):
+    with pytest.warns(UserWarning, match="the preset 'tiny' runs in minutes"):
         assert get_device(FULL).type == "cpu"
 
 

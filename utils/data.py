@@ -38,7 +38,7 @@ def load_reviews(settings) -> datasets.DatasetDict:
     if "validation" not in columns:
         columns = reviews.keep_back(columns["train"], settings)
         print(
-            f"no split {settings.validation_split!r} among {list(found)}: of "
+            f"no rows in a split {settings.validation_split!r} of {list(found)}: of "
             f"{settings.train_split}, {len(columns['validation']['label']):,} rows are "
             f"kept back for it, and {len(columns['train']['label']):,} left"
         )

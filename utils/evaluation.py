@@ -5,7 +5,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.data import tokenize
@@ -112,6 +112,37 @@ def measure_rollouts(
         "length": n_tokens / len(rows),
     }
     return figures, rows
+
+
+def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
+    """The best policy at a price of KL, estimated from the reference's responses.
+
+    `scores` (P, K): those of K responses of the reference to each of P prompts. The
+    best policy is in proportion to pi_ref * exp(R / beta), so the i-th response gets
+    w_i = softmax(R / beta)_i of it, and 1 / K of the reference (Rafailov et al. 2023,
+    arXiv 2305.18290, equation 4; importance sampling, normalised by itself). Returns
+    the weights w (P, K), and means over the prompts:
+
+        score = sum_i w_i R_i        kl = sum_i w_i log(K w_i)  [nats per response]
+        objective = score - beta kl = beta log mean_i exp(R_i / beta)
+
+    K responses show no KL above log K; where the estimate comes near that, take more.
+    Raises ValueError if beta is not above 0 or a prompt has fewer than two responses.
+    """
+    if kl_coef <= 0:
+        raise ValueError(
+            f"kl_coef must be above 0, got {kl_coef}; without a price take best-of-n"
+        )
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores must be (prompts, responses), two responses at least, got "
+            f"{tuple(scores.shape)}"
+        )
+    logs = (scores.double() / kl_coef).log_softmax(dim=1)
+    weights = logs.exp()
+    score = (weights * scores).sum(dim=1).mean().item()
+    kl = (weights * (logs + math.log(scores.shape[1]))).sum(dim=1).mean().item()
+    return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
 
 
 def figures_table(

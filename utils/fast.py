@@ -4,6 +4,7 @@ Each function names the plain version that it equals; `tests/test_fast.py` holds
 two together. Nobody has to read this file to understand PPO.
 """
 
+import functools
 import inspect
 
 import torch
@@ -113,7 +114,13 @@ def send(x: Tensor, device) -> Tensor:
 
 def takes_positions(trunk: nn.Module) -> bool:
     """Whether it can be told positions: BLOOM and MPT count them from the mask."""
-    return "position_ids" in inspect.signature(trunk.forward).parameters
+    return "position_ids" in arguments_of(type(trunk).forward)
+
+
+@functools.cache
+def arguments_of(function) -> frozenset:
+    """The names of what a function takes."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def hidden_states_by_length(

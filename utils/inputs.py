@@ -134,7 +134,9 @@ def _explained(error, what, name, unreachable):
         if "EmptyDatasetError" in kinds:
             remedy = "put CSV, JSONL or Parquet files into it, or name another"
         if Path(name).is_file():
-            kind, remedy = "file", "mend it (CSV: in UTF-8, names of columns on top)"
+            kind, remedy = "file", "make it anew"
+            if ".csv" in name.lower() or ".tsv" in name.lower():
+                remedy = "save it in UTF-8, with the names of the columns on top"
         return ValueError(
             f"the {kind} {name!r} holds no {what} that can be loaded "
             f"({_first_line(error.__cause__ or error)}); {remedy}"

@@ -1,6 +1,5 @@
 """The models of the three stages: a trunk with a head for each job."""
 
-import inspect
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from utils.fast import hidden_states_by_length, takes_positions
+from utils.fast import arguments_of, hidden_states_by_length, takes_positions
 from utils.inputs import (
     check_alike,
     check_causal,
@@ -123,7 +122,7 @@ def next_hidden_states(
 
 def cache_argument(model: nn.Module) -> str:
     """What a model calls its cache of keys and values: transformers 5.24 renamed it."""
-    known = inspect.signature(model.forward).parameters
+    known = arguments_of(type(model).forward)
     return "cache" if "cache" in known else "past_key_values"
 
 
@@ -159,8 +158,8 @@ TEXT, PADDING = (0, 1, 2, 1, 0), 3
 def check_reading(trunk: nn.Module, name):
     """Raise ValueError if padding on the left changes what a trunk reads.
 
-    The first time as a reward model reads, the second as PPO does: the embeddings are
-    looked up beforehand.
+    Tried twice: with token ids, as a reward model reads, and with embeddings that were
+    looked up beforehand, as PPO reads (`hidden_states_by_length`).
     """
     ids = torch.tensor([TEXT], device=trunk.device)
     alone = hidden_states(trunk, ids, torch.ones_like(ids))
@@ -179,9 +178,9 @@ def check_reading(trunk: nn.Module, name):
 def check_writing(lm: nn.Module, name):
     """Raise ValueError if a model writes otherwise than this series takes for granted.
 
-    Its logits must be `vocabulary_logits` of its states, also where they are large,
-    since what is small passes a cap unchanged. And with a cache, of which one of two
-    texts is then kept, it must read what it reads without one.
+    Its logits must be `vocabulary_logits` of its states, also where they are large: a
+    cap leaves small ones unchanged. And it must read the same with a cache, also after
+    a row was dropped from that, as `sample_responses` does.
     """
     head, weight = lm.get_output_embeddings(), vocabulary_weight(lm)
     ids = torch.tensor([TEXT, TEXT[::-1]], device=lm.device)

@@ -6,6 +6,7 @@ import io
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -32,7 +33,7 @@ BOXES = {  # name: (x, y, text, colour, notebook)
     "sft": (3.6, 4.6, "1 · SFT\npredict the next token\nof film reviews", BLUE, 1),
     "rm": (3.6, 1.4, "2 · Reward model\npredict the label:\npraise or blame", RED, 2),
     "policy": (7.2, 4.6, "policy\nwrites a review", BLUE, 3),
-    "reference": (10.6, 4.6, "SFT model, frozen\nhow far has it strayed?", GREY, 3),
+    "reference": (10.6, 4.6, "reference: SFT model,\nfrozen. How far is it?", GREY, 3),
     "reward": (7.2, 1.4, "reward model\nscores it", RED, 3),
     "update": (10.6, 1.4, "3 · PPO\nbetter than expected?\nmake it likelier", BLUE, 3),
 }
@@ -54,7 +55,12 @@ class Picture(Figure):
 
     alt = ""
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def _ipython_display_(self):  # a bundle would lose to Jupyter's own picture of it
+        data, metadata = self.as_png()
+        display({**data, "text/plain": repr(self)}, metadata=metadata, raw=True)
+
+    def as_png(self) -> tuple[dict, dict]:
+        """The picture and what is said of it, as a notebook keeps them."""
         file = io.BytesIO()
         self.savefig(file, dpi=2 * self.dpi)  # two dots for each of the page's
         width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
@@ -211,18 +217,19 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 
-    `points` maps the name of a way, three at most, to points with a `label`, a `kl` in
-    nats, and `shares`: the share of texts that each judge calls positive.
+    `points` maps the name of a way, four at most, to points with a `label`, a `kl` in
+    nats, and `shares`: the share of texts that each judge calls positive. The fourth is
+    a dashed line.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
     figure, axes = _axes(1, len(judges), width=4.2, height=3.8)
-    styles = [(BLUE, "o"), (RED, "s"), ("black", "*")]
+    styles = [(BLUE, "o-"), (RED, "s-"), ("black", "*"), (GREY, "d--")]
     for axis, judge in zip(figure.axes, judges, strict=True):
-        for (way, line), (colour, marker) in zip(points.items(), styles, strict=False):
+        for (way, line), (colour, style) in zip(points.items(), styles, strict=False):
             line = sorted(line, key=lambda point: point["kl"])
             places = [(point["kl"], point["shares"][judge]) for point in line]
             x, y = zip(*places, strict=True)
-            axis.plot(x, y, marker=marker, markersize=7, color=colour, label=way)
+            axis.plot(x, y, style, markersize=7, color=colour, label=way)
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
         axis.sharey(figure.axes[0])
         axis.margins(x=0.15, y=0.15)

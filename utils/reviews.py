@@ -131,42 +131,13 @@ def sentences_and_labels(splits: dict, settings) -> dict[str, dict[str, list]]:
 
 def _check_columns(splits, settings):
     for rows in splits.values():
-        names, likely = rows.column_names, _likely_columns(rows)
-        wanted = {field: getattr(settings, field) for field in likely}
-        lacking = {f: column for f, column in wanted.items() if column not in names}
-        if not lacking:
-            continue
-        remedy = "give it a line of column names on top"
-        if max(map(len, names)) < 60:
-            own = [
-                f"{field}={[*_near(column, names), likely[field]][0]!r}"
-                for field, column in lacking.items()
-            ]
-            remedy = f"name its own, perhaps {' and '.join(own)}"
-        raise ValueError(
-            f"data set {settings.dataset_name!r} has no column "
-            f"{' and no column '.join(map(repr, lacking.values()))}, only "
-            f"{str(names)[:300]}; {remedy}"
-        )
-
-
-def _near(column, names):  # not so far as from sentence to sentiment
-    return difflib.get_close_matches(column, names, n=1, cutoff=0.8)
-
-
-def _likely_columns(rows):
-    """The column of the longest texts, and of the others that of the fewest values."""
-    plain = [
-        name
-        for name, feature in rows.features.items()
-        if isinstance(feature, datasets.Value | datasets.ClassLabel)
-    ]
-    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
-    values = {name: list(map(str, some[name])) for name in plain or rows.column_names}
-    text = max(values, key=lambda name: len("".join(values[name])))
-    others = [n for n in values if n != text and len(set(values[n])) > 1] or [text]
-    label = min(others, key=lambda name: len(set(values[name])))
-    return {"text_column": text, "label_column": label}
+        for field in ("text_column", "label_column"):
+            if (column := getattr(settings, field)) not in rows.column_names:
+                raise ValueError(
+                    f"data set {settings.dataset_name!r} has no column {column!r}, "
+                    f"only {str(rows.column_names)[:300]}; name its own with the "
+                    f"setting {field} (in a file, names stand on top, commas between)"
+                )
 
 
 def _texts(rows, name, settings):
@@ -179,11 +150,6 @@ def _texts(rows, name, settings):
                 f"the column that holds the text, of {rows.column_names}, with "
                 "text_column"
             )
-    if not any(text.strip() for text in texts):
-        raise ValueError(
-            f"{where} holds no text in any of the {len(texts)} rows of {name}; name "
-            f"another, of {rows.column_names}, with the setting text_column"
-        )
     return texts
 
 
@@ -263,12 +229,6 @@ def _fault(counts, meant, settings):
             f"{column} holds {only}, so there is nothing to tell apart; name another "
             "one with the setting label_column, or another data set"
         )
-    if len(labels) > MANY and _number(labels[-1][0]) is None and not meant[1]:
-        return (
-            f"{column} holds {len(labels):,} different texts, such as "
-            f"{repr(labels[0][-1])[:60]}, and no labels; name the column that holds "
-            "them with the setting label_column"
-        )
     said = f"{column} holds {_listed(labels, counts)}"
     if both := sorted(meant[1] & meant[0], key=_order):
         return (
@@ -276,10 +236,13 @@ def _fault(counts, meant, settings):
             f"negative_label {settings.negative_label!r} mean {both[0][-1]!r}; "
             "let them mean different ones"
         )
-    asked = f"{said}; name what is positive and what negative, for example "
+    asked = f"{said}; name another column with label_column, or what is "
+    asked += "positive and what negative, for example "
     asked += _example(labels)
     if not meant[1]:
         return f"positive_label is {settings.positive_label!r}, but {asked}"
+    if not meant[0] and not settings.negative_label:
+        return f"positive_label {settings.positive_label!r} means every label: {asked}"
     if not meant[0]:
         return f"negative_label is {settings.negative_label!r}, but {asked}"
     if settings.negative_label:
@@ -365,9 +328,15 @@ def check_both_labels(columns: dict[str, dict[str, list]], settings):
         if len(set(rows["label"])) == 2:
             continue
         split = getattr(settings, f"{name}_split")
+        if not rows["label"]:
+            raise ValueError(
+                f"no row of split {split!r} of data set {settings.dataset_name!r} has "
+                "a text and a label that the settings name; name another split with "
+                f"{name}_split, or correct text_column and label_column"
+            )
         kind = "positive" if 1 in rows["label"] else "negative"
         raise ValueError(
-            f"all {len(rows['label'])} usable rows of split {split!r} of data set "
+            f"all {len(rows['label'])} rows of split {split!r} of data set "
             f"{settings.dataset_name!r} are {kind}, so there is nothing to tell apart; "
             f"name another split with the setting {name}_split, or correct "
             "positive_label"

@@ -23,8 +23,8 @@ def default_preset() -> str:
     if torch.cuda.is_available():
         return "full"
     print(
-        "no CUDA GPU, so this is the preset 'tiny': a small generated world. For GPT-2 "
-        "on SST-2 choose, on Colab, Runtime > Change runtime type > T4 GPU; anywhere, "
+        "no CUDA GPU, so this is the preset 'tiny': a small generated world. For\n"
+        "GPT-2 on SST-2: on Colab, Runtime > Change runtime type > T4 GPU; anywhere,\n"
         'PRESET = "full" in the first cell (hours on a CPU)'
     )
     return "tiny"
@@ -50,11 +50,11 @@ def get_device(settings: Settings) -> torch.device:
         return torch.device(wanted)
     if wanted == "auto" and there["cuda"]:
         return torch.device("cuda")
-    if settings.preset == "full":
+    if settings.preset == "full" and wanted == "auto":
         warnings.warn(
             "no CUDA GPU found: on a CPU the preset 'full' takes hours per notebook "
             "(an estimate). On Colab choose Runtime > Change runtime type > T4 GPU; "
-            "anywhere, RLHF_PRESET=tiny runs in minutes. Going on with the CPU.",
+            "anywhere, the preset 'tiny' runs in minutes. Going on with the CPU.",
             stacklevel=2,
         )
     return torch.device("cpu")

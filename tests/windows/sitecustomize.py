@@ -3,7 +3,8 @@
 Python runs a file of this name when it starts, if it finds one: tests/conftest.py puts
 this folder on the path, so that the commands and kernels that tests start know it too.
 Weights that were read from a file may still be mapped to it, which Linux, where the
-tests run, lets everybody overwrite.
+tests run, lets everybody overwrite. (What writes into a mapped file in place is not
+noticed.)
 """
 
 import os

@@ -362,11 +362,14 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     """What a model that knew the grammar would lose on these reviews; {} on real data.
 
     Nats per token, the first token of each review given, the closing EOS included.
+    Nothing either if the tokenizer is not the tiny world's, or if a review was cut.
     """
-    if not _knows_the_truth(settings):
+    if not _knows_the_truth(settings) or Path(settings.model_name) != WORLD / "model":
         return {}
     firsts = REVIEWS.first_words("Review+") + REVIEWS.first_words("Review-")
     texts = [tokenizer.decode(row[:-1]) for row in rows]
+    if not all(judge(text).grammatical for text in texts):
+        return {}
     nats = [math.log(firsts[t.split()[0]] / 2 / judge(t).probability) for t in texts]
     return {"the grammar": sum(nats) / sum(len(row) - 1 for row in rows)}
 

@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from utils.settings import as_written
+from utils.settings import PRESETS, as_written
 
 STAGES = ("sft", "reward_model", "policy")  # in the order of the notebooks
 
@@ -107,9 +108,18 @@ def find_artefacts(settings, *names: str) -> list[str]:
 
 def _command(settings, names) -> str:
     numbers = ",".join(map(notebook_of, names))
+    preset = PRESETS[settings.preset]
+    fields = ["runs_dir", *(f for name in names for f in settings.that_change(name))]
+    changed = {
+        field: getattr(settings, field)
+        for field in fields
+        if getattr(settings, field) != getattr(preset, field)
+    }
+    sets = [shlex.quote(f"{field}={value}") for field, value in changed.items()]
     return (
         "make it here, in a new cell: "
         f"!python -m utils --only {numbers} --preset {settings.preset}"
+        + "".join(f" --set {one}" for one in sets)
     )
 
 
@@ -151,5 +161,5 @@ def _check_settings(settings, name, made_with):
         raise ValueError(
             f"{settings.folder / name} was made with {listed}; run notebook "
             f"{notebook_of(name)} again"
-            + (f", or set CHANGES = {back} in the first cell" if back else "")
+            + (f", or add {back} to CHANGES in the first cell" if back else "")
         )

@@ -17,9 +17,13 @@ ONE_SIDED = 2.33  # standard deviations that chance exceeds once in a hundred
 # Fewer, and most responses get the same fixed score, whatever they say; and the scale
 # of the scores was measured on unfinished texts, which the reward model never saw.
 LEAST_ENDED = 0.5
+MANY_EMPTY = 0.5  # worth a line
 # That many empty, or one and the same: no choice is left that a score could rank
 NEARLY_ALL = 0.9
-ANYWAY = "to start all the same, set train_anyway to 1, and run on from there"
+ANYWAY = (
+    "to start all the same, add {'train_anyway': 1} to CHANGES in the first cell, and "
+    "run on from there"
+)
 
 
 def chance_accuracy(baseline: float, n: int) -> float:
@@ -45,7 +49,8 @@ def _accuracy(folder, settings):
     bound = chance_accuracy(baseline, n)
     remedy = f"train it on more data, with another seed or rm_lr ({settings.rm_lr})"
     if bound >= 1:
-        remedy = "with so few rows, or one label, none is: keep back more, of both"
+        remedy = f"{n} rows are too few to tell; raise validation_share, or name a "
+        remedy += "larger validation_split"
     return accuracy > bound, (
         f"the reward model is right on {accuracy:.1%} of {n:,} validation rows, and "
         f"always guessing their more frequent label on {baseline:.1%}; only above "
@@ -63,8 +68,8 @@ def _ended(share, settings):
 
 
 def _empty(share, settings):
-    worth_knowing = 1 - LEAST_ENDED < share <= NEARLY_ALL
-    return None if worth_knowing else share <= NEARLY_ALL, (
+    good = None if MANY_EMPTY < share <= NEARLY_ALL else share <= NEARLY_ALL
+    return good, (
         f"{share:.1%} of the SFT model's responses are empty, EOS at once; train it "
         f"on longer texts (sft_min_tokens, {settings.sft_min_tokens}), for more "
         f"sft_epochs ({settings.sft_epochs}), or lower prompt_max_tokens "
@@ -91,7 +96,7 @@ def outlook(sft_responses: list[list[int]], reward_folder, eos_id: int, settings
     empty = counts.pop((eos_id,), 0) / n
     alike = max(counts.values(), default=0) / n
     return {
-        "the reward model is better than guessing": _accuracy(reward_folder, settings),
+        "the reward model was better than guessing": _accuracy(reward_folder, settings),
         f"SFT responses end in EOS ({ended:.1%})": _ended(ended, settings),
         f"few of them are empty ({empty:.1%})": _empty(empty, settings),
         f"they differ (the most frequent: {alike:.1%})": _alike(alike, settings),

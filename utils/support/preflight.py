@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import gc
 import os
-import types
 
 import psutil
 import torch
@@ -38,7 +37,7 @@ HALF_PRECISION_BOUND = 1e-2  # of a first ratio whose trunk was in half precisio
 ROUNDING = 1e-3
 
 
-def prepare(artefact: str, preset: str = "", changes=types.MappingProxyType({})):
+def prepare(artefact: str, preset: str = "", changes=()):
     """Settings and device for making an artefact, with all that they name at hand.
 
     Without a preset it is RLHF_PRESET's, or what the machine can do; `changes` are
@@ -54,7 +53,7 @@ def prepare(artefact: str, preset: str = "", changes=types.MappingProxyType({}))
     no_widgets()
     preset = preset or os.environ.get("RLHF_PRESET") or default_preset()
     settings = load_settings(preset)
-    changes = {name: parse_field(name, str(value)) for name, value in changes.items()}
+    changes = {name: parse_field(name, str(x)) for name, x in dict(changes).items()}
     settings = dataclasses.replace(settings, **changes)
     say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
     tiny_world.prepare(settings)
@@ -249,7 +248,7 @@ def _memory(policy, settings, device):
 
 
 def _tell(results):
-    """Print a line for each; what failed."""
+    """Print a line for each result; returns the remedies of those that failed."""
     marks = {True: "✓", False: "✗", None: "–"}
     for name, (good, remedy) in results.items():
         print(marks[good], name if good else remedy)

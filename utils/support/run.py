@@ -80,6 +80,20 @@ def execute(name: str, folder: Path, env: dict):
             write_text(copy, nbformat.writes(notebook) + "\n")
 
 
+def check_first_cell(name: str, settings):
+    """Raise ValueError if the first cell of a notebook asks for another run."""
+    cells = nbformat.read(ROOT / name, as_version=4).cells
+    asked = {}
+    exec("\n".join(c.source for c in cells if c.id == "parameters"), asked)
+    preset, changes = asked.get("PRESET"), asked.get("CHANGES")
+    if changes or preset not in (None, "", settings.preset):
+        raise ValueError(
+            f"{name} says PRESET = {preset!r} and CHANGES = {changes!r} in its first "
+            "cell, which stand above this command; empty them there, and use --preset "
+            "and --set here"
+        )
+
+
 def report(settings, notebooks) -> tuple[dict, str]:
     """What has been measured, by artefact; a table of what these notebooks made."""
     folder = ROOT / settings.folder
@@ -138,6 +152,8 @@ def parse(argv):
             parse_field(field, value)
             options.env[f"RLHF_{field.upper()}"] = value
         options.settings = load_settings(options.preset, options.env)
+        for name in options.notebooks:
+            check_first_cell(name, options.settings)
     except ValueError as error:
         parser.error(str(error))
     return options
