@@ -89,5 +89,5 @@ def test_a_picture_in_a_notebook_is_sharp_and_has_words():
     shown = output.metadata["image/png"]
     assert shown["alt"].startswith("Rewards of the same prompts' responses before")
     picture = base64.b64decode(output.data["image/png"])
-    width, height = struct.unpack(">II", picture[16:24])  # PNG, 11.2.1
-    assert (width, height) == (2 * shown["width"], 2 * shown["height"])
+    size = struct.unpack(">II", picture[16:24])  # PNG, 11.2.1
+    assert size == (2 * shown["width"], shown["width"])  # 6 by 3 inches
