@@ -343,8 +343,8 @@ def test_every_recipe_of_notebook_3_does_what_it_says(
     judged = figures(folder)
     assert judged["after"]["judged_positive"] < judged["before"]["judged_positive"]
     # Another data set, another model: in the first cell
-    rows = ["review,label", "fine,positive", "dull,negative", "witty,positive"]
-    (tmp_path / "reviews.csv").write_text("\n".join([*rows, "bland,negative"]))
+    rows = ["review,sentiment", "fine,good", "dull,bad", "witty,good", "bland,bad"]
+    (tmp_path / "reviews.csv").write_text("\n".join(rows))
     named = {"reviews.csv": tmp_path / "reviews.csv", "distilgpt2": world / "model"}
     for name in ("My own data set", "Another model"):
         source = recipes[name]
@@ -354,7 +354,7 @@ def test_every_recipe_of_notebook_3_does_what_it_says(
         if name == "My own data set":
             labels = printed("print(load_reviews(settings)['train']['label'][:])")
     assert printed("print(settings.model_name)").strip() == str(world / "model")
-    assert "labels: positive is 'positive' (2 rows), negative is" in labels
+    assert "labels: positive is 'good' (2 rows), negative is" in labels
     assert labels.endswith("[1, 0]\n")  # of four, one of each is kept back
     survived("the six recipes of notebook 3", "each does what it says")
 

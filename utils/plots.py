@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -256,6 +257,7 @@ def _label_points(axis, judge, points, colours):
     for label, place, colour in named:
         options = {"textcoords": "offset points", "ha": "center", "va": "center"}
         text = axis.annotate(label, place, (0, 0), fontsize=8, color=colour, **options)
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
         for offset in around:
             text.set_position(offset)
             box = text.get_window_extent().padded(1)
@@ -339,7 +341,7 @@ def plot_response(tokens: list[str], bars: dict[str, list[float]]):
         colours = [BLUE if value >= 0 else RED for value in values]
         axis.bar(range(len(tokens)), values, color=colours)
         axis.axhline(0, color="k", linewidth=0.5)
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=16)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xticks(range(len(tokens)), tokens)
     return figure
