@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.test_rollout import small_lm
 from utils.data import load_tokenizer
 from utils.models import RewardModel
 from utils.settings import TINY
+from utils.support import run
 from utils.support.artefacts import (
     find_artefacts,
     replacing,
@@ -101,6 +103,17 @@ def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, which)
     with pytest.raises(ValueError, match=which):
         find_artefacts(settings, "sft", "reward_model")
     assert (saved.folder / "sft").exists()  # it is another one's, not a broken one
+
+
+def test_the_command_for_a_missing_model_makes_the_one_that_is_wanted(settings):
+    """It knows nothing of the notebook's CHANGES, so it is told what differs."""
+    wanted = dataclasses.replace(settings, sft_epochs=2, dataset_name="a b.csv")
+    with pytest.raises(FileNotFoundError) as caught:
+        find_artefacts(wanted, "sft", "reward_model")
+    command = str(caught.value).split("!python -m utils ")[1]
+    options = run.parse(shlex.split(command))
+    assert [name[0] for name in options.notebooks] == ["1", "2"]
+    assert options.settings == wanted
 
 
 def test_an_artefact_from_before_a_setting_existed(saved):

@@ -90,4 +90,4 @@ def test_a_picture_in_a_notebook_is_sharp_and_has_words():
     assert shown["alt"].startswith("Rewards of the same prompts' responses before")
     picture = base64.b64decode(output.data["image/png"])
     size = struct.unpack(">II", picture[16:24])  # PNG, 11.2.1
-    assert size == (2 * shown["width"], shown["width"])  # 6 by 3 inches
+    assert size == (1200, 600) and shown["width"] == 600  # 6 by 3 inches of 100 dots
