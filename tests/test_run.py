@@ -43,11 +43,12 @@ def test_set_reaches_the_kernel_and_only_is_in_order(monkeypatch):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of one notebook, whose cells the test gives."""
+    """A project whose first notebook has the cells that the test gives."""
 
     def make(*sources):
         cells = [new_code_cell(source) for source in sources]
         nbformat.write(new_notebook(cells=cells), tmp_path / "1-SFT.ipynb")
+        nbformat.write(new_notebook(), tmp_path / "3-RLHF.ipynb")
         monkeypatch.setattr(run, "ROOT", tmp_path)
         return tmp_path
 
