@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import statistics
 from contextlib import redirect_stdout
 
 import nbformat
@@ -33,6 +34,14 @@ def marks_of(notebook):
     return [
         cell.metadata.nbgrader for cell in notebook.cells if "nbgrader" in cell.metadata
     ]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_what_a_learner_gets_has_short_cells(name):
+    """The bounds of the lessons. The source has solutions and hidden tests besides."""
+    cells = nbformat.read(released(name), as_version=4).cells
+    lengths = [len(c.source.splitlines()) for c in cells if c.cell_type == "code"]
+    assert statistics.median(lengths) <= 10 and max(lengths) <= 40
 
 
 def test_there_are_six():
