@@ -30,7 +30,8 @@ def load_reviews(settings) -> datasets.DatasetDict:
     A label is 1 (positive) or 0 (negative); each split has both. `dataset_name` is a
     name on the hub, a folder or a file, and the settings beside it say what splits,
     columns and labels are called there. Without a validation split, a share of train
-    is kept back. Raises ValueError, naming the setting, if anything does not fit.
+    is kept back. Of what is left, `train_rows` are drawn, the same for every seed.
+    Raises ValueError, naming the setting, if anything does not fit.
     """
     found = reviews.read_dataset(settings.dataset_name, settings.dataset_config)
     splits = reviews.choose_splits(found, settings)
@@ -42,6 +43,7 @@ def load_reviews(settings) -> datasets.DatasetDict:
             f"{settings.train_split}, {len(columns['validation']['label']):,} rows are "
             f"kept back for it, and {len(columns['train']['label']):,} left"
         )
+    columns["train"] = reviews.drawn(columns["train"], settings)
     reviews.check_both_labels(columns, settings)
     return datasets.DatasetDict(
         {name: datasets.Dataset.from_dict(rows) for name, rows in columns.items()}

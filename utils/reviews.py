@@ -322,6 +322,15 @@ def keep_back(columns: dict[str, list], settings) -> dict[str, dict[str, list]]:
     return parts
 
 
+def drawn(columns: dict[str, list], settings) -> dict[str, list]:
+    """`train_rows` rows by chance, in their order; fewer rows are among the more."""
+    rows = list(range(len(columns["label"])))
+    if settings.train_rows:
+        random.Random(0).shuffle(rows)  # not `seed`, as in `keep_back`
+        rows = sorted(rows[: settings.train_rows])
+    return {name: [column[i] for i in rows] for name, column in columns.items()}
+
+
 def check_both_labels(columns: dict[str, dict[str, list]], settings):
     """Raise ValueError unless each split holds both labels."""
     for name, rows in columns.items():

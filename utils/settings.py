@@ -51,6 +51,7 @@ class Settings:
     negative_label: str = setting("", ALL)  # likewise; empty: the only other one
     train_split: str = setting("train", ALL)
     validation_split: str = setting("validation", ALL)
+    train_rows: int = setting(0, ALL, least=0)  # so many drawn from train; 0: all
     # Share of train that is kept back if there is no validation split
     validation_share: float = setting(0.1, ALL, least=0.01, most=0.5)
     runs_dir: str = setting("runs", NOTHING)  # artefacts: <runs_dir>/<preset>/ [folder]
