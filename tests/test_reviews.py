@@ -53,6 +53,27 @@ def refused(survived, fault, says, name, kind=ValueError, **settings):
     survived(f"data set: {fault}", str(caught.value))
 
 
+def test_fewer_rows_are_drawn_from_train_the_same_for_every_seed(tmp_path):
+    """In their order, fewer among the more, and none from validation."""
+    many = {"sentence": [f"text {i}" for i in range(40)], "label": [0, 1] * 20}
+    name = made(tmp_path, train=many, validation=GOOD)
+    everything = load(name)
+    assert load(name, train_rows=40) == load(name, train_rows=99) == everything
+    ten, twenty = (load(name, train_rows=n)["train"] for n in (10, 20))
+    assert len(ten) == 10 and len(twenty) == 20
+    assert ten != everything["train"][:10] and set(ten) < set(twenty)
+    places = [everything["train"].index(row) for row in twenty]
+    assert places == sorted(places)
+    assert load(name, train_rows=10, seed=5)["train"] == ten
+    assert load(name, train_rows=10)["validation"] == everything["validation"]
+
+
+def test_rows_drawn_of_one_label_only_are_refused(tmp_path, survived):
+    many = {"sentence": [f"text {i}" for i in range(40)], "label": [0] * 39 + [1]}
+    name = made(tmp_path, train=many, validation=GOOD)
+    refused(survived, "one label drawn", "train", name, train_rows=2)
+
+
 def test_what_fits_comes_out_as_it_is(tmp_path, capsys):
     """Sentences to the last space, in their order; and nothing is said."""
     train = {

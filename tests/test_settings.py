@@ -83,6 +83,7 @@ def test_what_a_setting_changes_is_said_once_for_each():
     common = {"preset", "model_name", "dataset_name", "seed", "max_tokens"}
     common |= {"dataset_config", "text_column", "label_column", "positive_label"}
     common |= {"negative_label", "train_split", "validation_split", "validation_share"}
+    common |= {"train_rows"}
     fields = {field.name for field in dataclasses.fields(Settings)}
     sft = {name for name in fields if name.startswith("sft_")}
     rm = {name for name in fields if name.startswith("rm_")}
