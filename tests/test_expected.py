@@ -70,15 +70,28 @@ def test_mean_and_deviation_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reading, "FILE", tmp_path / "measuring.json")
     monkeypatch.setattr(measuring, "ROOT", tmp_path)
     runs = {0: {"kl": 1.0, "length": 7.0}, 1: {"kl": 3.0, "length": 7.0}}
-    monkeypatch.setattr(measuring, "measure", lambda seed, keep: runs[seed])
+    asked = []
+
+    def measure(seed, keep, threads):
+        asked.append((seed, keep, threads))
+        return runs[seed]
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(measuring.torch, "set_num_threads", asked.append)
     measuring.main(["--seeds", "2"])
+    measuring.main(["--seeds", "2", "--jobs", "3", "--keep"])
+    ones = [(0, False, 0), (1, False, 0)]  # 0: as many threads as there are
+    assert sorted(asked[:2]) == ones and asked[2] == 2
+    assert sorted(asked[3:]) == [(0, True, 2), (1, True, 2)]
     assert expected(TINY) == {
         "kl": (2.0, pytest.approx(2**0.5)),
         "length": (7, 0),
     }
-    with pytest.raises(SystemExit):
-        measuring.main(["--seeds", "1"])
-    assert "got --seeds 1" in capsys.readouterr().err
+    for option, value in (("--seeds", "1"), ("--jobs", "0")):
+        with pytest.raises(SystemExit):
+            measuring.main([option, value])
+        assert f"got {option} {value}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

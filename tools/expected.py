@@ -9,13 +9,17 @@ so the model that it builds for the tiny world is another one, too.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from utils.data import load_tokenizer
@@ -27,20 +31,26 @@ from utils.support.notebook import ROOT
 FIRST_SEED = 1000  # of the pre-training
 
 
-def measure(seed: int, keep: bool) -> dict:
-    """The figures after training of a run with this seed."""
+# torch has one stream of random numbers for all threads
+ONE_AT_A_TIME = threading.Lock()
+
+
+def measure(seed: int, keep: bool, threads: int = 0) -> dict:
+    """The figures after training of a run with this seed; 0 threads: as many as are."""
     runs = Path("runs/expected") / str(seed)
     metrics = ROOT / runs / TINY.preset / "metrics.json"
     if not (keep and metrics.exists()):
-        world = tiny_world.build_world(ROOT / tiny_world.WORLD)
-        tokenizer = load_tokenizer(str(world / "model"))
-        tokenizer.save_pretrained(ROOT / runs / "model")
-        lm = tiny_world.pretrain(tokenizer, seed=FIRST_SEED + seed)
-        lm.save_pretrained(ROOT / runs / "model")
+        with ONE_AT_A_TIME:
+            world = tiny_world.build_world(ROOT / tiny_world.WORLD)
+            tokenizer = load_tokenizer(str(world / "model"))
+            tokenizer.save_pretrained(ROOT / runs / "model")
+            lm = tiny_world.pretrain(tokenizer, seed=FIRST_SEED + seed)
+            lm.save_pretrained(ROOT / runs / "model")
         changes = {"seed": seed, "runs_dir": runs, "model_name": runs / "model"}
         sets = [x for item in changes.items() for x in ("--set", "{}={}".format(*item))]
         command = [sys.executable, "-m", "utils", "--preset", TINY.preset, *sets]
         ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
+        ours |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         done = subprocess.run(
             command, cwd=ROOT, env=ours, capture_output=True, text=True
         )
@@ -60,10 +70,21 @@ def main(argv=None):
     parser.add_argument(
         "--keep", action="store_true", help="do not run seeds again that are there"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at once, which share the cores"
+    )
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"one seed at once is the least, got --jobs {options.jobs}")
     if options.seeds < 2:
         parser.error(f"a spread takes 2 seeds or more, got --seeds {options.seeds}")
-    runs = [measure(seed, options.keep) for seed in tqdm(range(options.seeds))]
+    threads = max(1, os.cpu_count() // options.jobs) if options.jobs > 1 else 0
+    if threads:
+        torch.set_num_threads(threads)
+    seeds, same = range(options.seeds), itertools.repeat
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = pool.map(measure, seeds, same(options.keep), same(threads))
+        runs = list(tqdm(found, total=options.seeds))
     figures = {
         name: (statistics.mean(values), statistics.stdev(values))
         for name in runs[0]
