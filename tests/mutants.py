@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tests import test_evaluation, test_loop, test_preflight
-from utils import ppo, training
+from utils import estimators, ppo, training
 from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
 from utils.practice import checks, exact_world
@@ -40,6 +40,9 @@ CORRECT = {  # check: the function of ours that it must pass
     checks.check_lm_labels: lm_labels,
     checks.check_evaluate_responses: evaluate_responses,
     checks.check_reward_head: RewardHead,
+    checks.check_rloo_advantages: estimators.rloo_advantages,
+    checks.check_grpo_advantages: estimators.grpo_advantages,
+    checks.check_grpo_loss: estimators.grpo_loss,
 }
 
 
@@ -551,6 +554,145 @@ class _(RewardHead):
 
 
 # --- the loop
+
+
+# --- the estimators
+
+
+def grouped(scores, group_size):
+    return scores.view(-1, group_size)
+
+
+@mutant(
+    checks.check_rloo_advantages, "own mean for that of the others", "mean of all k"
+)
+def _(scores, group_size):
+    groups = grouped(scores, group_size)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
+
+
+@mutant(checks.check_rloo_advantages, "groups across prompts", "across the prompts")
+def _(scores, group_size):
+    turned = scores.view(group_size, -1).t().flatten()
+    found = estimators.rloo_advantages(turned, group_size)
+    return found.view(-1, group_size).t().flatten()
+
+
+@mutant(checks.check_rloo_advantages, "the batch is one group", "are one group")
+def _(scores, group_size):
+    return estimators.rloo_advantages(scores, len(scores))
+
+
+@mutant(checks.check_rloo_advantages, "RLOO without a baseline", "no baseline")
+def _(scores, group_size):
+    return estimators.reinforce_advantages(scores)
+
+
+@mutant(
+    checks.check_rloo_advantages, "RLOO divided by the spread", "divided by the spread"
+)
+def _(scores, group_size):
+    spread = grouped(scores, group_size).std(dim=1).repeat_interleave(group_size)
+    return estimators.rloo_advantages(scores, group_size) / (spread + 1e-4)
+
+
+@mutant(checks.check_rloo_advantages, "sum of the others over k", "divided by k, not")
+def _(scores, group_size):
+    groups = grouped(scores, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / group_size
+    return (groups - others).flatten()
+
+
+@mutant(checks.check_rloo_advantages, "sign of RLOO turned", "sign is turned")
+def _(scores, group_size):
+    return -estimators.rloo_advantages(scores, group_size)
+
+
+@mutant(checks.check_grpo_advantages, "std over the batch", "of the whole batch")
+def _(scores, group_size):
+    centred = estimators.grpo_advantages(scores, group_size, scale=False)
+    return centred / (scores.std() + 1e-4)
+
+
+@mutant(checks.check_grpo_advantages, "std left out", "not divided by the spread")
+def _(scores, group_size):
+    return estimators.grpo_advantages(scores, group_size, scale=False)
+
+
+@mutant(checks.check_grpo_advantages, "population std", "divided by k, not by k - 1")
+def _(scores, group_size):
+    spread = grouped(scores, group_size).std(dim=1, correction=0, keepdim=True)
+    centred = estimators.grpo_advantages(scores, group_size, scale=False)
+    return (grouped(centred, group_size) / (spread + 1e-4)).flatten()
+
+
+@mutant(checks.check_grpo_advantages, "variance for its root", "the variance, not its")
+def _(scores, group_size):
+    variance = grouped(scores, group_size).var(dim=1, keepdim=True)
+    centred = estimators.grpo_advantages(scores, group_size, scale=False)
+    return (grouped(centred, group_size) / (variance + 1e-4)).flatten()
+
+
+@mutant(checks.check_grpo_advantages, "RLOO's baseline in GRPO", "as in RLOO")
+def _(scores, group_size):
+    right = estimators.grpo_advantages(scores, group_size)
+    return right * group_size / (group_size - 1)
+
+
+@mutant(
+    checks.check_grpo_advantages, "GRPO's groups across prompts", "across the prompts"
+)
+def _(scores, group_size):
+    turned = scores.view(group_size, -1).t().flatten()
+    found = estimators.grpo_advantages(turned, group_size)
+    return found.view(-1, group_size).t().flatten()
+
+
+def with_kl(function):
+    """`grpo_loss` with another price for the KL."""
+
+    def changed(new, old, ref, advantages, mask, clip_range, kl_coef, mean):
+        coef = function(kl_coef)
+        rest = (advantages, mask, clip_range, coef, mean)
+        return estimators.grpo_loss(new, old, ref, *rest)
+
+    return changed
+
+
+mutant(checks.check_grpo_loss, "sign of GRPO's KL", "wrong sign")(with_kl(lambda x: -x))
+mutant(checks.check_grpo_loss, "KL counted twice", "twice")(with_kl(lambda x: 2 * x))
+mutant(checks.check_grpo_loss, "GRPO without its KL", "left out")(
+    with_kl(lambda x: 0.0)
+)
+
+
+@mutant(checks.check_grpo_loss, "k3 reversed in the loss", "reversed")
+def _(new, old, ref, advantages, mask, clip_range, kl_coef, mean):
+    # About pi_theta, k3 of the turned ratio is that of the turned pair
+    plain, stats = estimators.grpo_loss(
+        new, old, ref, advantages, mask, clip_range, 0.0, mean
+    )
+    k3 = ppo.kl_estimate(ref, new, "k3") * mask
+    lengths = mask.sum(dim=1)
+    over = {"token": k3.sum() / mask.sum(), "response": (k3.sum(1) / lengths).mean()}
+    return plain + kl_coef * over[mean], stats
+
+
+@mutant(checks.check_grpo_loss, "1 / length in the wrong mean", "also with mean by tok")
+def _(*arguments, mean):
+    return estimators.grpo_loss(*arguments, mean="response")
+
+
+@mutant(checks.check_grpo_loss, "1 / length left out", "also with mean by response")
+def _(*arguments, mean):
+    return estimators.grpo_loss(*arguments, mean="token")
+
+
+@mutant(checks.check_grpo_loss, "divided by the widest response", "by all slots")
+def _(new, old, ref, advantages, mask, clip_range, kl_coef, mean):
+    rest = (advantages, mask, clip_range, kl_coef)
+    loss, stats = estimators.grpo_loss(new, old, ref, *rest, mean="token")
+    return loss * mask.sum() / mask.numel(), stats
 
 
 @dataclass(frozen=True)

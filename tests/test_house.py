@@ -19,6 +19,7 @@ LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
 IMPORTS = {
     "ppo": {"torch"},
     "fast": {"torch", "utils.ppo"},
+    "estimators": {"torch", "utils.ppo"},
     "settings": set(),
     "training": {"torch", "utils", "utils.settings"},
     "inputs": {"torch", "datasets", "huggingface_hub", "tqdm"},

@@ -1,9 +1,9 @@
-"""Checks of PPO's pieces, for pytest and for learners: `check_gae(my_function)`.
+"""Checks of the formulas, for pytest and for learners: `check_gae(my_function)`.
 
 Each check draws inputs from a seed, works the answer out from a definition of its
 own, token by token in plain Python, and prints the largest difference. Where a
 function is wrong, it names the known mistake that gives the same answer. Nothing here
-uses `utils.ppo`: an expectation made by the code under test would prove nothing.
+uses the formulas of `utils`: what the code under test expects would prove nothing.
 
     from utils.practice.checks import check_gae
 
@@ -15,6 +15,11 @@ Any callable with the arguments of the function in `utils` will do.
 
 from utils.practice.checks.advantages import check_gae, check_whiten
 from utils.practice.checks.comparison import Result, compare
+from utils.practice.checks.estimators import (
+    check_grpo_advantages,
+    check_grpo_loss,
+    check_rloo_advantages,
+)
 from utils.practice.checks.losses import check_policy_loss, check_value_loss
 from utils.practice.checks.models import (
     check_evaluate_responses,
@@ -37,4 +42,7 @@ __all__ = [
     "check_lm_labels",
     "check_evaluate_responses",
     "check_reward_head",
+    "check_rloo_advantages",
+    "check_grpo_advantages",
+    "check_grpo_loss",
 ]
