@@ -104,4 +104,4 @@ def test_the_checks_use_torch_alone():
         if isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or ""))
     others = {name for name in imported if not name.startswith(f"{checks.__name__}.")}
-    assert others == {"math", "dataclasses", "types", "torch"}
+    assert others == {"math", "statistics", "dataclasses", "types", "torch"}
