@@ -28,7 +28,7 @@ def pretended(tmp_path, monkeypatch):
         (folder / notebook).write_text(f"{notebook} of {options.settings.seed}")
         metrics = {"after": {f"figure {name}": options.settings.seed / 2}}
         if name == "3":
-            steps = [{"approx_kl": 0.25, "optimizer_steps": n} for n in (8, 3, 8, 7)]
+            steps = [{"approx_kl": 0.25, "optimizer_steps": n} for n in (7, 3, 8, 7)]
             metrics |= {"before": {"figure 3": 1.0}, "history": steps}
         (artefact / "metrics.json").write_text(json.dumps(metrics))
         return subprocess.CompletedProcess(command, 0)
@@ -54,7 +54,7 @@ def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
         "figure 3": {"before": [1.0, 1.0], "after": [21.0, 21.5]},
     }
     assert found["first_approx_kl"] == [0.25, 0.25]
-    assert found["ended_early"] == [2, 2]
+    assert found["ended_early"] == [3, 3]  # of 4 epochs of 128 / 64
     assert list(found["seconds"]) == list(real_run.STAGES)
     assert all(len(each) == 2 for each in found["seconds"].values())
     for notebook in list(NOTEBOOKS.values())[:3]:
@@ -67,6 +67,10 @@ def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
     (tmp_path / "runs/real-run/43/full/sft").rmdir()
     real_run.main(arguments)
     assert len(pretended) == 7 and pretended[-1].settings.seed == 43
+    # and nothing is reported of a run with other settings
+    with pytest.raises(SystemExit, match="was made with .*train_rows=100.* delete"):
+        real_run.main([*arguments[:-1], "train_rows=200"])
+    assert len(pretended) == 7
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,8 @@ def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
         (["m", "--seeds", "0"], "got --seeds 0"),
         (["m", "--set", "train_row=5"], "the nearest is 'train_rows'"),
         (["m", "--set", "train_rows=many"], "must be a whole number, got 'many'"),
+        (["m", "--set", "ppo_episodes=100"], "must be a multiple of ppo_rollout_size"),
+        (["m", "--set", "seed=7"], "--set cannot change seed"),
     ],
 )
 def test_what_cannot_be_run_is_said_before(pretended, capsys, arguments, says):

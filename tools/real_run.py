@@ -7,6 +7,7 @@ With `HF_HUB_OFFLINE` or `HF_ENDPOINT` set, the data set comes from there.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from utils.settings import FULL, parse_field
+from utils.settings import FULL, Settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.notebook import NOTEBOOKS, ROOT
 
@@ -27,10 +28,16 @@ FOLDER, RUNS = Path("docs/real-run"), Path("runs/real-run")
 
 
 def run_notebook(artefact: str, seed: int, changes: list[str]):
-    """Run the notebook that makes an artefact, unless it is there with its cost."""
+    """Run the notebook that makes an artefact, unless it is there with its cost.
+
+    Raises SystemExit if it failed, or if it is there with other changes.
+    """
     made = ROOT / RUNS / str(seed) / FULL.preset / artefact
     cost = made.with_name(f"{artefact}-cost.json")
     if cost.exists() and (made / "metrics.json").exists():
+        then = json.loads(cost.read_text())["changes"]
+        if then != changes:
+            sys.exit(f"{made} was made with {then}; delete {RUNS} to measure {changes}")
         return
     sets = [f"runs_dir={RUNS / str(seed)}", f"seed={seed}", *changes]
     command = [sys.executable, "-m", "utils", "--preset", FULL.preset]
@@ -43,11 +50,13 @@ def run_notebook(artefact: str, seed: int, changes: list[str]):
     # The largest process that has ended, in KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     spent = {"seconds": time.perf_counter() - started, "peak_gib": peak / 2**20}
-    write_text(cost, json.dumps(spent))
+    write_text(cost, json.dumps({**spent, "changes": changes}))
 
 
-def collect(seeds: list[int], changes: list[str]) -> dict:
+def collect(seeds: list[int], changes: list[str], settings: Settings) -> dict:
     """What the runs of these seeds measured, each figure as a list over the seeds."""
+    minibatches = settings.ppo_rollout_size // settings.ppo_minibatch_size
+    steps = settings.ppo_epochs * minibatches  # of an update that did not end early
     folders = [ROOT / RUNS / str(seed) / FULL.preset for seed in seeds]
     figures, seconds, peaks, first, early = {}, {}, [], [], []
     for folder in folders:
@@ -61,8 +70,7 @@ def collect(seeds: list[int], changes: list[str]) -> dict:
             peaks.append(cost["peak_gib"])
         history = metrics["history"]  # of PPO, the last one
         first.append(history[0]["approx_kl"])
-        most = max(row["optimizer_steps"] for row in history)
-        early.append(sum(row["optimizer_steps"] < most for row in history))
+        early.append(sum(row["optimizer_steps"] < steps for row in history))
     torch_version = torch.__version__.split("+")[0]
     return {
         "seeds": seeds,
@@ -93,9 +101,13 @@ def main(argv=None):
         parser.error(f"a run takes one seed at least, got --seeds {options.seeds}")
     changes = [f"model_name={options.model}", *options.changes]
     try:
-        for change in changes:
-            field, _, value = change.partition("=")
-            parse_field(field, value)
+        pairs = [change.partition("=")[::2] for change in changes]
+        given = {field: parse_field(field, value) for field, value in pairs}
+        if own := {"seed", "runs_dir"} & set(given):
+            raise ValueError(
+                f"--set cannot change {own.pop()}, which this command sets"
+            )
+        settings = dataclasses.replace(FULL, **given)
     except ValueError as error:
         parser.error(str(error))
     seeds = [FULL.seed + i for i in range(options.seeds)]
@@ -103,7 +115,7 @@ def main(argv=None):
         for artefact in STAGES:
             run_notebook(artefact, seed, changes)
     (ROOT / FOLDER).mkdir(parents=True, exist_ok=True)
-    found = collect(seeds, changes)
+    found = collect(seeds, changes, settings)
     write_text(ROOT / FOLDER / "results.json", json.dumps(found, indent=2) + "\n")
     for name in map(notebook_of, STAGES):
         executed = ROOT / RUNS / str(seeds[0]) / FULL.preset / NOTEBOOKS[name]

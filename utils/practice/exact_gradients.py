@@ -50,8 +50,7 @@ def token_gradients(world: ExactWorld, lm) -> Tensor:
     logprobs, weights = world.token_logprobs(lm), list(lm.parameters())
     size = sum(w.numel() for w in weights)
     found = torch.zeros(*world.mask.shape, size, dtype=torch.float64)
-    for place in world.mask.nonzero().tolist():
-        i, t = place
+    for i, t in world.mask.nonzero().tolist():
         found[i, t] = _flat(
             torch.autograd.grad(logprobs[i, t], weights, retain_graph=True)
         )
@@ -71,7 +70,9 @@ def all_groups(n: int, k: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
 
 
-def moments(world: ExactWorld, lm, weights: Callable[[Tensor], Tensor], k: int):
+def moments(
+    world: ExactWorld, lm, weights: Callable[[Tensor], Tensor], k: int
+) -> Moments:
     """Mean and variance of an estimator that samples groups of k from the model.
 
     `weights` takes groups as numbers of responses (groups, k), and returns what the
