@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,7 @@ def test_a_seed_is_run_with_the_presets_own_settings(world, tmp_path, monkeypatc
     assert options.settings.seed == 3 and options.settings.kl_coef == TINY.kl_coef
     assert options.settings.model_name == "runs/expected/3/model"
     assert "RLHF_KL_COEF" not in env
+    assert env.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
     # a model of its own, with the world's tokenizer
     lm = load_causal_lm(str(tmp_path / "runs/expected/3/model"))
     assert (
@@ -63,7 +65,8 @@ def test_a_seed_is_run_with_the_presets_own_settings(world, tmp_path, monkeypatc
     assert measuring.measure(3, keep=True) == {"loss": 1.5, "kl": 2.0}
     assert len(calls) == 1  # it was there
     with pytest.raises(SystemExit, match="(?s)seed 3 failed.*KeyError: the cause"):
-        measuring.measure(3, keep=False)
+        measuring.measure(3, keep=False, threads=5)
+    assert calls[-1][1]["OMP_NUM_THREADS"] == "5"
 
 
 def test_mean_and_deviation_by_hand(tmp_path, monkeypatch, capsys):

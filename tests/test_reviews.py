@@ -56,7 +56,7 @@ def refused(survived, fault, says, name, kind=ValueError, **settings):
 def test_fewer_rows_are_drawn_from_train_the_same_for_every_seed(tmp_path):
     """In their order, fewer among the more, and none from validation."""
     many = {"sentence": [f"text {i}" for i in range(40)], "label": [0, 1] * 20}
-    name = made(tmp_path, train=many, validation=GOOD)
+    name = made(tmp_path, train=many, validation=many)
     everything = load(name)
     assert load(name, train_rows=40) == load(name, train_rows=99) == everything
     ten, twenty = (load(name, train_rows=n)["train"] for n in (10, 20))

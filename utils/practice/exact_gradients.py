@@ -86,7 +86,7 @@ def moments(
     chances = orders * logprobs[groups].sum(dim=1).exp()
     tokens = world.mask.shape[1]
     places = groups.unsqueeze(2) * tokens + torch.arange(tokens)
-    each = weights(groups).double() * world.mask[groups]
+    each = weights(groups).double()
     coefficients = torch.zeros(len(groups), len(gradients), dtype=torch.float64)
     coefficients.scatter_add_(1, places.flatten(1), each.flatten(1))
     mean = chances @ coefficients
