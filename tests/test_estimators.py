@@ -75,7 +75,7 @@ def test_grpo_loss_by_hand():
             new, old, ref, advantages, mask, 0.2, 0.1, mean
         )
         assert loss.item() == pytest.approx(expected, abs=1e-12)
-        assert stats["kl"].item() == pytest.approx(sum(k3) / 3, abs=1e-12)
+        assert stats["k3"].item() == pytest.approx(sum(k3) / 3, abs=1e-12)
         assert stats["clip_fraction"].item() == pytest.approx(2 / 3)
 
 

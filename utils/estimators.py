@@ -90,7 +90,7 @@ def grpo_loss(
     loss = mean of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + beta k3
 
     with k3 of pi_theta against pi_ref. advantages (B,), one for all tokens of its
-    response; the rest (B, T) -> scalar loss, and the stats of `policy_loss` with `kl`,
+    response; the rest (B, T) -> scalar loss, and the stats of `policy_loss` with `k3`,
     the mean of k3. `mean="response"`: over the tokens of each response, and then over
     the responses, so that a token of a long one counts less (arXiv 2402.03300, equation
     3); "token": over all tokens alike. Raises ValueError for another mean, or if the
@@ -112,4 +112,4 @@ def grpo_loss(
     new, ref = (x.masked_fill(~inside, 0) for x in (logprobs, ref_logprobs))
     k3 = kl_estimate(new, ref, "k3")
     loss = loss + kl_coef * masked_mean(k3 * weights, mask)
-    return loss, {**stats, "kl": masked_mean(k3.detach(), mask)}
+    return loss, {**stats, "k3": masked_mean(k3.detach(), mask)}
