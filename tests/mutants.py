@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tests import test_evaluation, test_loop, test_preflight
-from utils import estimators, ppo, training
+from utils import estimators, ppo, preferences, training
 from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
 from utils.practice import checks, exact_world
@@ -43,6 +43,8 @@ CORRECT = {  # check: the function of ours that it must pass
     checks.check_rloo_advantages: estimators.rloo_advantages,
     checks.check_grpo_advantages: estimators.grpo_advantages,
     checks.check_grpo_loss: estimators.grpo_loss,
+    checks.check_bradley_terry_loss: preferences.bradley_terry_loss,
+    checks.check_dpo_loss: preferences.dpo_loss,
 }
 
 
@@ -693,6 +695,111 @@ def _(new, old, ref, advantages, mask, clip_range, kl_coef, mean):
     rest = (advantages, mask, clip_range, kl_coef)
     loss, stats = estimators.grpo_loss(new, old, ref, *rest, mean="token")
     return loss * mask.sum() / mask.numel(), stats
+
+
+# --- preferences
+
+
+@mutant(checks.check_bradley_terry_loss, "chosen and rejected swapped", "are swapped")
+def _(chosen, rejected):
+    return preferences.bradley_terry_loss(rejected, chosen)
+
+
+@mutant(checks.check_bradley_terry_loss, "a tie counts as a win", "tie counts as a win")
+def _(chosen, rejected):
+    loss, stats = preferences.bradley_terry_loss(chosen, rejected)
+    return loss, {**stats, "accuracy": (chosen >= rejected).double().mean()}
+
+
+@mutant(checks.check_bradley_terry_loss, "no logarithm", "has no logarithm")
+def _(chosen, rejected):
+    _, stats = preferences.bradley_terry_loss(chosen, rejected)
+    return -torch.sigmoid(chosen - rejected).mean(), stats
+
+
+@mutant(checks.check_bradley_terry_loss, "no sigmoid", "without a sigmoid")
+def _(chosen, rejected):
+    _, stats = preferences.bradley_terry_loss(chosen, rejected)
+    return (rejected - chosen).mean(), stats
+
+
+@mutant(checks.check_bradley_terry_loss, "sum over the pairs", "a sum over the pairs")
+def _(chosen, rejected):
+    loss, stats = preferences.bradley_terry_loss(chosen, rejected)
+    return loss * len(chosen), stats
+
+
+@mutant(checks.check_dpo_loss, "DPO swapped", "are swapped")
+def _(chosen, rejected, ref_chosen, ref_rejected, *rest):
+    return preferences.dpo_loss(rejected, chosen, ref_rejected, ref_chosen, *rest)
+
+
+@mutant(checks.check_dpo_loss, "DPO without a reference", "reference is left out")
+def _(chosen, rejected, ref_chosen, ref_rejected, *rest):
+    nothing = torch.zeros_like(ref_chosen)
+    return preferences.dpo_loss(chosen, rejected, nothing, nothing, *rest)
+
+
+@mutant(checks.check_dpo_loss, "reference added", "reference has the wrong sign")
+def _(chosen, rejected, ref_chosen, ref_rejected, *rest):
+    return preferences.dpo_loss(chosen, rejected, -ref_chosen, -ref_rejected, *rest)
+
+
+@mutant(checks.check_dpo_loss, "beta outside the sigmoid", "outside of the sigmoid")
+def _(*arguments):
+    *texts, beta, smoothing, kind = arguments
+    if kind == "ipo":
+        return preferences.dpo_loss(*arguments)
+    loss, stats = preferences.dpo_loss(*texts, 1.0, smoothing)
+    return beta * loss, stats
+
+
+@mutant(checks.check_dpo_loss, "beta left out", "beta is left out")
+def _(*arguments):
+    *texts, beta, smoothing, kind = arguments
+    beta = beta if kind == "ipo" else 1.0
+    return preferences.dpo_loss(*texts, beta, smoothing, kind)
+
+
+@mutant(checks.check_dpo_loss, "labels not smoothed", "labels are not smoothed")
+def _(*arguments):
+    *texts, beta, _, kind = arguments
+    return preferences.dpo_loss(*texts, beta, 0.0, kind)
+
+
+@mutant(checks.check_dpo_loss, "reference with gradient", "gradients reach the ref")
+def _(chosen, rejected, ref_chosen, ref_rejected, *rest):
+    nothing = torch.zeros_like(ref_chosen)
+    texts = (chosen - ref_chosen, rejected - ref_rejected, nothing, nothing)
+    return preferences.dpo_loss(*texts, *rest)
+
+
+@mutant(checks.check_dpo_loss, "DPO as a sum", "a sum over the pairs")
+def _(chosen, *rest):
+    loss, stats = preferences.dpo_loss(chosen, *rest)
+    return loss * len(chosen), stats
+
+
+@mutant(checks.check_dpo_loss, "IPO times beta", "difference is multiplied by beta")
+def _(*arguments):
+    *texts, beta, smoothing, kind = arguments
+    loss, stats = preferences.dpo_loss(*arguments)
+    if kind == "ipo":
+        chosen, rejected, one, two = texts
+        D = (chosen - rejected) - (one - two).detach()
+        loss = ((beta * D - 1 / (2 * beta)) ** 2).mean()
+    return loss, stats
+
+
+@mutant(checks.check_dpo_loss, "IPO's target doubled", "is 1 / beta, not half of it")
+def _(*arguments):
+    *texts, beta, smoothing, kind = arguments
+    loss, stats = preferences.dpo_loss(*arguments)
+    if kind == "ipo":
+        chosen, rejected, one, two = texts
+        D = (chosen - rejected) - (one - two).detach()
+        loss = ((D - 1 / beta) ** 2).mean()
+    return loss, stats
 
 
 @dataclass(frozen=True)

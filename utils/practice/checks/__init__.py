@@ -27,6 +27,10 @@ from utils.practice.checks.models import (
     check_reward_head,
     check_token_logprobs,
 )
+from utils.practice.checks.preferences import (
+    check_bradley_terry_loss,
+    check_dpo_loss,
+)
 from utils.practice.checks.rewards import check_kl_estimate, check_token_rewards
 
 __all__ = [
@@ -45,4 +49,6 @@ __all__ = [
     "check_rloo_advantages",
     "check_grpo_advantages",
     "check_grpo_loss",
+    "check_bradley_terry_loss",
+    "check_dpo_loss",
 ]

@@ -1,0 +1,164 @@
+"""The mathematics of preferences: Bradley–Terry and DPO; and the file of pairs.
+
+A pair is two responses to one prompt, of which somebody preferred one: *chosen* and
+*rejected*. Scores and log-probabilities are (B,), a number for each whole response: of
+log-probabilities the sum over its tokens, EOS included and prompt excluded.
+
+Sources: Bradley & Terry 1952, "Rank Analysis of Incomplete Block Designs"; Ouyang et
+al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
+2305.18290) for DPO; Azar et al. 2023 (arXiv 2310.12036) for IPO.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.ppo import check_shapes
+
+FIELDS = ("prompt", "chosen", "rejected")
+
+
+def bradley_terry_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of -log sigmoid(R_chosen - R_rejected): (B,), (B,) -> scalar loss, stats.
+
+    The model behind it: somebody prefers c to r with probability sigmoid(R_c - R_r).
+    Only differences count, so scores are determined up to a constant. Stats:
+    `accuracy`, the share of pairs whose chosen one has the higher score (a tie is no
+    win), and `margin`, the mean difference. arXiv 2203.02155, equation 1. Raises
+    ValueError if the shapes disagree.
+    """
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    difference = chosen_scores - rejected_scores
+    return -F.logsigmoid(difference).mean(), _wins(difference.detach())
+
+
+def _wins(difference: Tensor) -> dict[str, Tensor]:
+    return {
+        "accuracy": (difference > 0).to(difference.dtype).mean(),
+        "margin": difference.mean(),
+    }
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of direct preference optimisation: all (B,) -> scalar loss, stats.
+
+    With the difference of the log-ratios D = (log pi - log pi_ref)(chosen) - (log pi -
+    log pi_ref)(rejected), the mean over the pairs of
+
+        sigmoid: -(1 - eps) log sigmoid(beta D) - eps log sigmoid(-beta D)
+        ipo:     (D - 1 / (2 beta))^2
+
+    beta (log pi - log pi_ref) is the *implicit reward*: on endless pairs of
+    Bradley–Terry type the minimum is the policy in proportion to pi_ref exp(R / beta),
+    which PPO is after, too. `label_smoothing` eps is the share of pairs taken to be the
+    wrong way round. No gradient reaches the reference. Stats, of the implicit rewards:
+    `chosen_reward`, `rejected_reward`, `accuracy` and `margin` as in
+    `bradley_terry_loss`.
+
+    arXiv 2305.18290, equation 7; with smoothing: Mitchell 2023, "A note on DPO with
+    noisy preferences"; IPO: arXiv 2310.12036, equation 17. Raises ValueError if the
+    shapes disagree, beta is not positive, eps is not from 0 to below a half, eps is
+    given for ipo, or for another kind.
+    """
+    check_shapes(
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        ref_chosen_logprobs=ref_chosen_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+    )
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}"
+        )
+    if kind not in ("sigmoid", "ipo"):
+        raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
+    if kind == "ipo" and label_smoothing:
+        raise ValueError(
+            f"ipo knows no label_smoothing, got {label_smoothing}; set it to 0"
+        )
+    chosen = chosen_logprobs - ref_chosen_logprobs.detach()
+    rejected = rejected_logprobs - ref_rejected_logprobs.detach()
+    difference = chosen - rejected
+    if kind == "ipo":
+        losses = (difference - 1 / (2 * beta)) ** 2
+    else:
+        right, wrong = (F.logsigmoid(sign * beta * difference) for sign in (1, -1))
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    stats = {
+        "chosen_reward": beta * chosen.detach().mean(),
+        "rejected_reward": beta * rejected.detach().mean(),
+        **_wins(beta * difference.detach()),
+    }
+    return losses.mean(), stats
+
+
+def append_pair(path, pair: dict[str, str]):
+    """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
+
+    A last line that a kill has cut off is taken away first. Raises ValueError if the
+    pair lacks a text, or if nothing was preferred.
+    """
+    if fault := _fault(pair):
+        raise ValueError(f"this pair {fault}: {pair}")
+    path = Path(path)
+    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0] + whole[1]))
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_pairs(path) -> tuple[list[dict[str, str]], list[str]]:
+    """The pairs of a file of JSON Lines, and what is wrong with its other lines.
+
+    Each line is an object with `prompt`, `chosen` and `rejected`; prompt and response
+    one after the other are the text. What is wrong is a sentence that begins with the
+    file and the number of the line. A last line without its end was cut off by a kill,
+    and counts as not written.
+    """
+    pairs, faults = [], []
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            pair = json.loads(line)
+            fault = _fault(pair)
+        except ValueError:  # no JSON, or no UTF-8
+            fault = "is no JSON"
+        if fault:
+            faults.append(f"{path}, line {number} {fault}")
+        else:
+            pairs.append({name: pair[name] for name in FIELDS})
+    return pairs, faults
+
+
+def _fault(pair) -> str:
+    """What is wrong with a pair, as it goes on after its name, or nothing."""
+    if not isinstance(pair, dict):
+        return "is no object with prompt, chosen and rejected"
+    for name in FIELDS:
+        if not isinstance(pair.get(name), str):
+            return f"has no text {name!r}"
+        if not pair[name].strip():
+            return f"has an empty {name!r}"
+    if pair["chosen"] == pair["rejected"]:
+        return "has the same text as chosen and as rejected"
+    return ""
