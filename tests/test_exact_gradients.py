@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.estimators import grpo_advantages, reinforce_advantages, rloo_advantages
-from utils.ppo import compute_gae, token_rewards
+from utils.ppo import compute_gae, kl_estimate, token_rewards
 from utils.practice import exact_gradients
 from utils.practice.exact_world import ExactWorld
 
@@ -155,3 +155,21 @@ def test_the_exact_gradient_is_that_of_finite_differences(case):
 
     slope = (objective(h) - objective(-h)) / (2 * h)
     assert slope == pytest.approx(exact.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, towards", [("k1", None), ("k2", 0), ("k3", 1)])
+def test_the_kl_that_a_differentiated_estimate_goes_down(case, kind, towards):
+    """k1's gradient is 0 on average, k2's that of KL(pi, ref), k3's of KL(ref, pi)."""
+    world, lm = case
+    new, ref = world.logprobs(lm), world.logprobs(world.reference)
+
+    def gradient(x):
+        parts = torch.autograd.grad(x, list(lm.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    found = gradient(new.exp().detach() @ kl_estimate(new, ref, kind))
+    ways = [gradient((new.exp() * (new - ref)).sum())]
+    ways.append(gradient((ref.exp() * (ref - new)).sum()))
+    assert (ways[0] - ways[1]).norm() > 0.05 * ways[0].norm()
+    right = torch.zeros_like(found) if towards is None else ways[towards]
+    torch.testing.assert_close(found, right, atol=1e-12, rtol=1e-9)

@@ -163,13 +163,15 @@ def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
         torch.testing.assert_close(a, b, **EXACT)
 
 
-def learn(beta, seed):
-    """What PPO reaches in one world, as a share of what there is to gain."""
+def learn(beta, seed, name="PPO"):
+    """What an estimator reaches in one world, as a share of what there is to gain."""
     torch.set_num_threads(1)
-    cells = ("loop", "train-exactly")
-    train_exactly = import_cells("more/4-Estimators.ipynb", *cells)["train_exactly"]
-    world = exact_world.ExactWorld(seed)
-    return world.reached(train_exactly(world, beta, seed), beta)
+    cells = ("loop", "train-exactly", "whole-response", "grpo-policy-loss", "ways")
+    found = import_cells("more/4-Estimators.ipynb", *cells)
+    advantages, loss, own = found["ways"](4)[name]
+    world, options = exact_world.ExactWorld(seed), {"seed": seed, **own}
+    policy = found["train_exactly"](world, beta, advantages, loss, **options)
+    return world.reached(policy.lm, beta)
 
 
 def test_ppo_finds_the_optimum(report, monkeypatch):
@@ -187,3 +189,12 @@ def test_ppo_finds_the_optimum(report, monkeypatch):
             f"beta {beta:4}: least {min(ours):.3f}; seeds 0 to 9: {listed}",
         )
     assert min(shares) >= 0.98
+
+
+def test_rloo_finds_it_too_and_the_others_come_near(monkeypatch):
+    """On the same loop, in one world: GRPO is after something else, so less."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    reached = {name: learn(0.5, 0, name) for name in ("REINFORCE", "RLOO", "GRPO")}
+    assert reached["RLOO"] >= 0.98
+    assert reached["REINFORCE"] >= 0.8
+    assert 0.5 <= reached["GRPO"] < reached["RLOO"]

@@ -217,6 +217,27 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
 
 
 @_described
+def plot_moments(estimators: dict[str, tuple[float, float, float]]):
+    """How far each estimator of the gradient is off on average, and how much it varies.
+
+    By name: the bias relative to the gradient, its angle in degrees, the variance.
+    """
+    figure, axes = _axes(1, 3, height=0.3 * len(estimators) + 0.8)
+    titles = ("bias, relative", "angle to the gradient", "variance, scaled")
+    units = ("share of the gradient's length", "degrees", "squared length")
+    names, columns = list(estimators), zip(*estimators.values(), strict=True)
+    colours = (RED, RED, BLUE)
+    for axis, x, *texts, colour in zip(
+        axes, columns, titles, units, colours, strict=True
+    ):
+        axis.barh(names, x, color=colour)
+        axis.set(title=texts[0], xlabel=texts[1])
+        axis.invert_yaxis()
+        axis.label_outer()
+    return figure
+
+
+@_described
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 
