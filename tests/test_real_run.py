@@ -2,22 +2,31 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools import real_run
 from utils.settings import load_settings
 from utils.support.notebook import NOTEBOOKS
 from utils.support.run import parse
 
+LINKS = "[a](utils/x.py), [b](https://b.c), [d](#d)"
+FIGURES_OF = {"1": "validation_perplexity", "2": "accuracy", "3": "kl"}
+
 
 @pytest.fixture
 def pretended(tmp_path, monkeypatch):
     """Runs that write what a run writes; what they were asked for."""
     monkeypatch.setattr(real_run, "ROOT", tmp_path)
-    asked = []
+    asked, threads = [], []
+    monkeypatch.setattr(real_run.os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def run(command, cwd):
+    def run(command, cwd, env):
+        threads.append(env.get("OMP_NUM_THREADS"))
         options = parse(command[3:])
         asked.append(options)
         (notebook,) = options.notebooks
@@ -25,23 +34,31 @@ def pretended(tmp_path, monkeypatch):
         folder = tmp_path / options.settings.folder
         artefact = folder / real_run.STAGES[int(name) - 1]
         artefact.mkdir(parents=True)
-        (folder / notebook).write_text(f"{notebook} of {options.settings.seed}")
-        metrics = {"after": {f"figure {name}": options.settings.seed / 2}}
+        says = f"*The outputs on this page are of {options.settings.seed}.*\n\n{LINKS}"
+        streams = [
+            new_output("stream", name=where, text=where)
+            for where in ("stdout", "stderr")
+        ]
+        cells = [new_markdown_cell(says), new_code_cell("x](y)", outputs=streams)]
+        nbformat.write(new_notebook(cells=cells), folder / notebook)
+        figure = FIGURES_OF[name]
+        metrics = {"after": {figure: options.settings.seed / 2}}
         if name == "3":
-            steps = [{"approx_kl": 0.25, "optimizer_steps": n} for n in (7, 3, 8, 7)]
-            metrics |= {"before": {"figure 3": 1.0}, "history": steps}
+            steps = [{"approx_kl": 0.25, "optimizer_steps": n} for n in (3, 1, 4, 3)]
+            metrics |= {"before": {figure: 1.0}, "history": steps}
         (artefact / "metrics.json").write_text(json.dumps(metrics))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(real_run.subprocess, "run", run)
-    return asked
+    return SimpleNamespace(asked=asked, threads=threads)
 
 
 def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
+    asked = pretended.asked
     arguments = ["some/model", "--seeds", "2", "--set", "train_rows=100"]
     real_run.main(arguments)
     wanted = {"RLHF_MODEL_NAME": "some/model", "RLHF_TRAIN_ROWS": "100"}
-    for options, seed in zip(pretended, [42] * 3 + [43] * 3, strict=True):
+    for options, seed in zip(asked, [42] * 3 + [43] * 3, strict=True):
         own = {"RLHF_SEED": str(seed), "RLHF_RUNS_DIR": f"runs/real-run/{seed}"}
         assert options.settings == load_settings("full", wanted | own)
     folder = tmp_path / "docs/real-run"
@@ -49,34 +66,57 @@ def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
     assert found["seeds"] == [42, 43]
     assert found["changes"] == ["model_name=some/model", "train_rows=100"]
     assert found["figures"] == {
-        "figure 1": {"after": [21.0, 21.5]},
-        "figure 2": {"after": [21.0, 21.5]},
-        "figure 3": {"before": [1.0, 1.0], "after": [21.0, 21.5]},
+        "validation_perplexity": {"after": [21.0, 21.5]},
+        "accuracy": {"after": [21.0, 21.5]},
+        "kl": {"before": [1.0, 1.0], "after": [21.0, 21.5]},
     }
     assert found["first_approx_kl"] == [0.25, 0.25]
-    assert found["ended_early"] == [3, 3]  # of 4 epochs of 128 / 64
+    assert found["ended_early"] == [3, 3]  # of 2 epochs of 128 / 64
     assert list(found["seconds"]) == list(real_run.STAGES)
     assert all(len(each) == 2 for each in found["seconds"].values())
+    page = (folder / "README.md").read_text()
+    assert "on SST-2. Seeds: 2; of" in page
+    assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page
+    kl = "| KL to the reference [nats per response] | 1.00 | 21.25 (21.00 to 21.50) |"
+    assert kl in page
+    assert "policy by 0.250 nats" in page and "ended early: 6." in page
+    command = "    python -m tools.real_run some/model --seeds 2 --set train_rows=100\n"
+    assert page.endswith(command)
     for notebook in list(NOTEBOOKS.values())[:3]:
-        assert (folder / notebook).read_text() == f"{notebook} of 42"
+        first, second = nbformat.read(folder / notebook, 4).cells
+        assert first.source == (
+            f"*A real model's run, by `{command.strip()}`.*\n\n"
+            "[a](../../utils/x.py), [b](https://b.c), [d](#d)"
+        )
+        assert second.source == "x](y)"
+        assert [output.text for output in second.outputs] == ["stdout"]
     # what is there is not run again, what is not whole is
     real_run.main(arguments)
-    assert len(pretended) == 6
+    assert len(asked) == 6
     (tmp_path / "runs/real-run/43/full/sft-cost.json").unlink()
     (tmp_path / "runs/real-run/43/full/sft/metrics.json").unlink()
     (tmp_path / "runs/real-run/43/full/sft").rmdir()
     real_run.main(arguments)
-    assert len(pretended) == 7 and pretended[-1].settings.seed == 43
+    assert len(asked) == 7 and asked[-1].settings.seed == 43
     # and nothing is reported of a run with other settings
     with pytest.raises(SystemExit, match="was made with .*train_rows=100.* delete"):
         real_run.main([*arguments[:-1], "train_rows=200"])
-    assert len(pretended) == 7
+    assert len(asked) == 7
+    assert set(pretended.threads) == {None}
+
+
+def test_seeds_at_once_share_the_cores(pretended):
+    real_run.main(["some/model", "--jobs", "3"])
+    seeds = [options.settings.seed for options in pretended.asked]
+    assert sorted(seeds) == [42] * 3 + [43] * 3 + [44] * 3
+    assert pretended.threads == ["1"] * 9
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
         (["m", "--seeds", "0"], "got --seeds 0"),
+        (["m", "--jobs", "0"], "got --jobs 0"),
         (["m", "--set", "train_row=5"], "the nearest is 'train_rows'"),
         (["m", "--set", "train_rows=many"], "must be a whole number, got 'many'"),
         (["m", "--set", "ppo_episodes=100"], "must be a multiple of ppo_rollout_size"),
@@ -86,11 +126,11 @@ def test_each_seed_is_run_once_and_collected(pretended, tmp_path):
 def test_what_cannot_be_run_is_said_before(pretended, capsys, arguments, says):
     with pytest.raises(SystemExit):
         real_run.main(arguments)
-    assert says in capsys.readouterr().err and not pretended
+    assert says in capsys.readouterr().err and not pretended.asked
 
 
 def test_a_notebook_that_fails_ends_it(pretended, monkeypatch):
     failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(real_run.subprocess, "run", lambda command, cwd: failed)
+    monkeypatch.setattr(real_run.subprocess, "run", lambda *_, **options: failed)
     with pytest.raises(SystemExit, match="seed 42 stopped in notebook 1"):
         real_run.main(["m"])

@@ -2,7 +2,8 @@
 
 The series is run once for each seed, notebook by notebook; what is there already is not
 run again, so an interrupted command goes on where it was. Figures, seconds and memory
-go to `docs/real-run/results.json`, and the first seed's executed notebooks beside it.
+go to `docs/real-run/results.json` and, as a page, to the README beside it, with the
+first seed's executed notebooks.
 With `HF_HUB_OFFLINE` or `HF_ENDPOINT` set, the data set comes from there.
 """
 
@@ -11,24 +12,46 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import torch
 
+from utils.evaluation import FIGURES
 from utils.settings import FULL, Settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.notebook import NOTEBOOKS, ROOT
+from utils.support.run import EARLIER_FIGURES
 
 FOLDER, RUNS = Path("docs/real-run"), Path("runs/real-run")
+LOCAL_LINK = re.compile(r"\]\((?!https?:|#)")
+OUTPUTS = re.compile(r"^\*The outputs on this page .*\*$", re.M)
+PAGE = """# What a real model's run looks like
+
+The preset `full` on a real model of GPT-2's size and on SST-2. Seeds: {seeds}; of
+several, the mean, and the least and the most. The notebooks here are the first seed's.
+
+{table}
+
+The first update moved the policy by {first} nats per token (`approx_kl`); updates that
+ended early: {early}.
+
+{machine}. A seed took {seconds}; peak memory {peak} GiB. Written by
+
+    {command}
+"""
 
 
-def run_notebook(artefact: str, seed: int, changes: list[str]):
+def run_notebook(artefact: str, seed: int, changes: list[str], threads: int = 0):
     """Run the notebook that makes an artefact, unless it is there with its cost.
+
+    On so many threads; 0: as many as there are.
 
     Raises SystemExit if it failed, or if it is there with other changes.
     """
@@ -43,8 +66,9 @@ def run_notebook(artefact: str, seed: int, changes: list[str]):
     command = [sys.executable, "-m", "utils", "--preset", FULL.preset]
     command += ["--only", notebook_of(artefact)]
     command += [word for one in sets for word in ("--set", one)]
+    ours = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours})
     if done.returncode:
         sys.exit(f"seed {seed} stopped in notebook {notebook_of(artefact)}, see above")
     # The largest process that has ended, in KiB on Linux
@@ -85,6 +109,56 @@ def collect(seeds: list[int], changes: list[str], settings: Settings) -> dict:
     }
 
 
+def spread(values: list[float], spec: str) -> str:
+    """The mean over the seeds, and the least and the most."""
+    low, high = format(min(values), spec), format(max(values), spec)
+    middle = format(sum(values) / len(values), spec)
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def command_of(found: dict) -> str:
+    """The command that measured this."""
+    seeds, (model, *changes) = len(found["seeds"]), found["changes"]
+    command = f"python -m tools.real_run {model.partition('=')[2]} --seeds {seeds}"
+    return " --set ".join([command, *changes])
+
+
+def page(found: dict) -> str:
+    """What `collect` found, as a page of Markdown."""
+    lines = ["| | before | after |", "|---|---:|---:|"]
+    for name, (description, spec) in {**EARLIER_FIGURES, **FIGURES}.items():
+        if each := found["figures"].get(name):
+            old = spread(each["before"], spec) if "before" in each else ""
+            lines.append(f"| {description} | {old} | {spread(each['after'], spec)} |")
+    times = [f"{spread(found['seconds'][a], '.0f')} s for {a}" for a in STAGES]
+    return PAGE.format(
+        table="\n".join(lines),
+        seeds=len(found["seeds"]),
+        command=command_of(found),
+        machine=found["machine"],
+        seconds=", ".join(times).replace("_", " "),
+        peak=found["peak_gib"],
+        first=spread(found["first_approx_kl"], ".3f"),
+        early=sum(found["ended_early"]),
+    )
+
+
+def as_shown(notebook, command: str):
+    """An executed notebook as it stands in docs/real-run.
+
+    Its links lead from there to the same places, its first cell says what it is, and
+    no warning names a folder of the machine that it ran on.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LOCAL_LINK.sub("](../../", cell.source)
+        else:
+            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+    title = notebook.cells[0]
+    title.source = OUTPUTS.sub(f"*A real model's run, by `{command}`.*", title.source)
+    return notebook
+
+
 def main(argv=None):
     """Run what is missing, and write what was measured."""
     parser = argparse.ArgumentParser(
@@ -94,11 +168,16 @@ def main(argv=None):
     parser.add_argument("model", help="a folder, or a name on the hub")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 42 on")
     parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at once, which share the cores"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
     )
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"a run takes one seed at least, got --seeds {options.seeds}")
+    if options.jobs < 1:
+        parser.error(f"one seed at once is the least, got --jobs {options.jobs}")
     changes = [f"model_name={options.model}", *options.changes]
     try:
         pairs = [change.partition("=")[::2] for change in changes]
@@ -111,16 +190,24 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     seeds = [FULL.seed + i for i in range(options.seeds)]
-    for seed in seeds:
+    threads = max(1, os.cpu_count() // options.jobs) if options.jobs > 1 else 0
+
+    def run_seed(seed):
         for artefact in STAGES:
-            run_notebook(artefact, seed, changes)
+            run_notebook(artefact, seed, changes, threads)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run_seed, seeds))
     (ROOT / FOLDER).mkdir(parents=True, exist_ok=True)
     found = collect(seeds, changes, settings)
     write_text(ROOT / FOLDER / "results.json", json.dumps(found, indent=2) + "\n")
+    write_text(ROOT / FOLDER / "README.md", page(found))
     for name in map(notebook_of, STAGES):
         executed = ROOT / RUNS / str(seeds[0]) / FULL.preset / NOTEBOOKS[name]
-        shutil.copy(executed, ROOT / FOLDER / NOTEBOOKS[name])
-    print(f"{FOLDER}: results.json, and the notebooks of seed {seeds[0]}")
+        notebook = as_shown(nbformat.read(executed, 4), command_of(found))
+        text = nbformat.writes(notebook) + "\n"
+        write_text(ROOT / FOLDER / NOTEBOOKS[name], text)
+    print(f"{FOLDER}: README.md, results.json, and the notebooks of seed {seeds[0]}")
 
 
 if __name__ == "__main__":
