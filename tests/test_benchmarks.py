@@ -23,6 +23,7 @@ SETTINGS = dataclasses.replace(
     FULL,
     ppo_episodes=32,
     ppo_rollout_size=8,
+    ppo_epochs=4,
     ppo_minibatch_size=4,
     ppo_micro_batch_size=4,
     max_new_tokens=5,

@@ -149,7 +149,7 @@ def test_discard_begins_anew(settings, whole, capsys):
 @pytest.mark.parametrize(
     "changes, options, says",
     [
-        ({"ppo_lr": 0.5}, {}, "had ppo_lr 0.0002 instead of 0.5"),
+        ({"ppo_lr": 0.5}, {}, "had ppo_lr 0.0003 instead of 0.5"),
         (
             {"seed": 1, "kl_coef": 0.5},
             {},

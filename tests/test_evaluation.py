@@ -13,6 +13,7 @@ from utils.evaluation import (
     best_possible,
     distinct_n,
     figures_table,
+    gain_in_objective,
     train_judge,
 )
 from utils.models import PolicyWithValueHead, RewardModel, freeze
@@ -185,6 +186,28 @@ def test_the_best_possible_is_that_of_the_exact_world(kl_coef):
     assert found["score"] == pytest.approx(exact, abs=0.02)
     kl = (best * (log_best.detach() - ref.log())).sum().item()
     assert found["kl"] == pytest.approx(kl, abs=0.02)
+
+
+def test_the_share_is_0_for_the_reference_and_1_for_the_best():
+    """By hand: two prompts, four responses each, and what they give at beta 0.5."""
+    scores = torch.tensor([[0.0, 1.0, 2.0, -1.0], [0.5, 0.5, -0.5, 1.5]])
+    mean = (0.5 + 0.5) / 2
+    found = gain_in_objective(mean, 0.0, scores, 0.5)
+    assert found == {"objective": mean, "share": 0}
+    tilted = [[math.exp(2 * r) for r in row] for row in scores.tolist()]
+    most = sum(0.5 * math.log(sum(row) / 4) for row in tilted) / 2
+    # of the best policy, score and KL one by one
+    score = kl = 0.0
+    for row, weights in zip(scores.tolist(), tilted, strict=True):
+        share = [w / sum(weights) for w in weights]
+        score += sum(w * r for w, r in zip(share, row, strict=True)) / 2
+        kl += sum(w * math.log(4 * w) for w in share) / 2
+    found = gain_in_objective(score, kl, scores, 0.5)
+    assert found["objective"] == pytest.approx(most, rel=1e-6)
+    assert found["share"] == pytest.approx(1, rel=1e-6)
+    halfway = gain_in_objective((mean + most) / 2 + 0.5 * 3, 3.0, scores, 0.5)
+    assert halfway["share"] == pytest.approx(0.5, rel=1e-6)
+    assert gain_in_objective(2.0, 9.0, scores, 0.0) == {"objective": 2.0}
 
 
 def test_what_has_no_best_possible_is_refused():

@@ -326,6 +326,19 @@ def test_every_response_is_used_once_an_epoch(loop, policy, size):
     assert all(len(index) == 12 for index in seen)
 
 
+def test_the_learning_rate_rises_over_the_warmup_and_falls_to_0(loop):
+    sizes = {"ppo_episodes": 24 * 6, "ppo_lr": 1.0, "value_head_lr": 10.0}
+    settings = dataclasses.replace(SETTINGS, ppo_warmup=2, **sizes)
+    run, found = loop["fresh_run"](small_lm(), settings), []
+    for _ in range(7):
+        found.append(run.decay.get_last_lr())
+        run.optimizer.optimizer.step()
+        run.decay.step()
+    thirds = [1 / 3 * 6 / 6, 2 / 3 * 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert [policy for policy, _ in found] == pytest.approx(thirds)
+    assert [head for _, head in found] == pytest.approx([10 * x for x in thirds])
+
+
 def test_the_update_changes_the_policy_and_nothing_else(loop, policy):
     reference = freeze(copy.deepcopy(policy.lm))
     rollout = collect(loop, policy, reference)

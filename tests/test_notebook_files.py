@@ -7,13 +7,20 @@ import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
 from tests.test_classroom import recipes_of_notebook_3
-from utils.support.notebook import NOTEBOOKS, ROOT, import_cells
+from tools.real_run import spread
+from utils.evaluation import FIGURES
+from utils.support.notebook import NOTEBOOKS, ROOT, SERIES, import_cells
+from utils.support.run import EARLIER_FIGURES
+
+WHEN = ("before", "after")
+REAL_RUN = [f"docs/real-run/{NOTEBOOKS[number]}" for number in SERIES]
 
 
 @pytest.fixture(params=NOTEBOOKS.values())
@@ -55,8 +62,24 @@ def test_the_outputs_are_those_of_a_tiny_run_and_say_so(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.parametrize("name", REAL_RUN)
+def test_the_notebooks_of_the_real_run_are_whole_and_of_a_real_model(name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    nbformat.validate(notebook)
+    assert "widget-view" not in json.dumps(notebook)
+    cells = {cell.id: cell for cell in notebook.cells}
+    assert cells["title"].source.splitlines()[4].startswith("*A real model's run, by")
+    assert "preset: full" in cells["settings"].outputs[0].text
+    assert "data set: stanfordnlp/sst2" in cells["settings"].outputs[0].text
+    lesson = nbformat.read(ROOT / Path(name).name, as_version=4)
+    assert list(cells) == [cell.id for cell in lesson.cells]
+    for cell in code(notebook):
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert cell.execution_count
+
+
 def test_the_files_are_small():
-    for name in NOTEBOOKS.values():
+    for name in [*NOTEBOOKS.values(), *REAL_RUN]:
         assert (ROOT / name).stat().st_size < 1_000_000
 
 
@@ -207,7 +230,7 @@ def broken_links(text, folder=ROOT):
     return [t for t in targets if not (folder / t.replace("%20", " ")).exists()]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS.values())
+@pytest.mark.parametrize("name", [*NOTEBOOKS.values(), *REAL_RUN])
 def test_the_links_between_files_lead_somewhere(name):
     notebook = nbformat.read(ROOT / name, as_version=4)
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
@@ -215,6 +238,7 @@ def test_the_links_between_files_lead_somewhere(name):
 
 
 PAGES = ("README.md", "CONTRIBUTING.md", "exercises/README.md", *ROOT.glob("docs/*.md"))
+PAGES += ("docs/real-run/README.md",)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -225,27 +249,50 @@ def test_the_links_and_pictures_of_a_page_are_there(page):
 
 def test_the_readme_decides_in_a_page_and_names_every_lesson():
     readme = (ROOT / "README.md").read_text("utf8")
-    assert len(readme.split()) <= 900
+    texts = readme[readme.index("| prompt |") : readme.index("![")]  # of the models
+    assert len(readme.replace(texts, "").split()) <= 850
     for name in NOTEBOOKS.values():
         assert f"({name.replace(' ', '%20')})" in readme
     # Commands are whole on a telephone, too
     assert max(len(line) for line in readme.splitlines() if line[:4] == "    ") <= 44
 
 
-def test_the_readme_shows_the_texts_and_figures_of_the_committed_run():
-    """As the outputs of notebook 3, the first six rows; no number is copied by hand."""
-    readme = (ROOT / "README.md").read_text("utf8")
-    cells = {c.id: c for c in nbformat.read(ROOT / NOTEBOOKS["3"], 4).cells}
-    rows = cells["samples"].outputs[0].data["text/markdown"].splitlines()[2:8]
-    for row in rows:
+def texts_of(notebook, rows):
+    """The first rows of the table of texts: prompt, before and after, no rewards."""
+    cells = {c.id: c for c in nbformat.read(ROOT / notebook, 4).cells}
+    lines = cells["samples"].outputs[0].data["text/markdown"].splitlines()[2:]
+    for row in lines[:rows]:
         prompt, *texts = (text.strip() for text in row.split("|")[1:-1])
-        before, after = (text.rsplit(" (", 1)[0] for text in texts)
-        assert f"| {prompt} | {before} | {after} |" in readme
+        yield " | ".join([prompt, *(text.rsplit(" (", 1)[0] for text in texts)])
+
+
+def test_the_readme_shows_the_first_ten_prompts_of_the_real_run():
+    readme = (ROOT / "README.md").read_text("utf8")
+    rows = list(texts_of("docs/real-run/3-RLHF.ipynb", 10))
+    assert len(rows) == 10
+    table = "\n".join(f"| {row} |" for row in rows)
+    assert table in readme
+    assert readme.index(table) < readme.index("\n## ")  # above the fold
+
+
+def test_the_readme_shows_the_figures_of_both_runs():
+    """As the outputs of notebook 3, and as measured; no number is copied by hand."""
+    readme = (ROOT / "README.md").read_text("utf8")
+    real = json.loads((ROOT / "docs/real-run/results.json").read_text())["figures"]
+    named = {**EARLIER_FIGURES, **FIGURES}
+    cells = {c.id: c for c in nbformat.read(ROOT / NOTEBOOKS["3"], 4).cells}
     (table,) = (o.text for o in cells["after"].outputs if "text" in o)
-    lines = table[table.index("mean reward") :].splitlines()
-    for line in lines:
-        name, figures = line[:42].strip(), re.split(r" {2,}", line[42:].strip())
-        assert f"| {name} | {' | '.join(figures)} |" in readme
+    tiny = {line[:42].strip(): line[42:62].split() for line in table.splitlines()}
+    for figure, (name, spec) in named.items():
+        if figure in EARLIER_FIGURES:
+            shown = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", readme, re.M)
+            columns = shown[1].split(" | ")
+        else:
+            columns = [""] * (2 - len(tiny[name])) + tiny[name]
+        each = real.get(figure, {})
+        theirs = [spread(each[when], spec) if when in each else "" for when in WHEN]
+        row = " | ".join([*columns[:2], *theirs])
+        assert f"| {name} | {row} |" in readme
 
 
 def test_the_readme_and_the_requirements_name_the_same_pythons():

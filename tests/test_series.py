@@ -94,9 +94,9 @@ def test_the_history_is_healthy(metrics):
     for step in history:
         assert all(math.isfinite(value) for value in step.values())
         assert step["ratio_mean"] == pytest.approx(1, abs=0.1)
-        # no update of a healthy run comes near the bound
-        assert step["optimizer_steps"] == 16
-        assert step["approx_kl"] < TINY.max_approx_kl / 2
+        assert step["approx_kl"] < TINY.max_approx_kl / 2  # mean over an update
+    # a single odd minibatch may end an update, and no more than that
+    assert sum(step["optimizer_steps"] < 16 for step in history) <= 2
 
 
 def test_the_frontier_is_paid_in_kl(series, metrics):

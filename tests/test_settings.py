@@ -91,7 +91,7 @@ def test_what_a_setting_changes_is_said_once_for_each():
     free |= {"checkpoint_every", "device", "train_anyway"}
     assert kinds["sft"] == common | sft
     assert kinds["reward_model"] == common | rm
-    assert kinds["policy"] == fields - sft - rm - free
+    assert kinds["policy"] == fields - sft - rm - free - {"possible_samples"}
     assert kinds["figures"] == fields - free - {"seed", "time_machine_prompts"}
     assert TINY.that_change("sft")["sft_lr"] == TINY.sft_lr
 

@@ -18,6 +18,9 @@ FIGURES = {
     "exactly_positive": ("grammatical and positive, exactly", ".1%"),
     "exactly_grammatical": ("grammatical, exactly", ".1%"),
     "kl": ("KL to the reference [nats per response]", ".2f"),
+    "score": ("mean score, normalised", ".2f"),
+    "objective": ("J = mean score - beta * KL", ".2f"),
+    "share": ("share of the best possible gain in J", ".1%"),
     "perplexity": ("perplexity under the SFT model", ".2f"),
     "distinct_1": ("distinct-1, share of different tokens", ".3f"),
     "distinct_2": ("distinct-2, share of different pairs", ".3f"),
@@ -73,10 +76,10 @@ def measure_rollouts(
 ) -> tuple[dict, list[dict]]:
     """The figures of some rollouts, and a row for each response.
 
-    `judges` maps the name of a figure to a function from texts to bools. Returns the
-    figures named in FIGURES, and for each response a row with `prompt`, `response`,
-    `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended` (with EOS),
-    `kl` (summed k1, nats), `score` (normalised) and `text`.
+    `judges` maps the name of a figure to a function from texts to bools. Returns
+    figures by the names of FIGURES, and for each response a row with `prompt`,
+    `response`, `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended`
+    (with EOS), `kl` (summed k1, nats), `score` (normalised) and `text`.
     """
     rows, responses, ref_logprob = [], [], 0.0
     for rollout in rollouts:
@@ -104,7 +107,9 @@ def measure_rollouts(
     figures = {
         "reward": sum(row["reward"] for row in rows) / len(rows),
         **{name: sum(judge(texts)) / len(texts) for name, judge in judges.items()},
-        "kl": sum(row["kl"] for row in rows) / len(rows),
+        **{
+            name: sum(row[name] for row in rows) / len(rows) for name in ("kl", "score")
+        },
         "perplexity": math.exp(-ref_logprob / n_tokens),
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),
@@ -143,6 +148,28 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
     score = (weights * scores).sum(dim=1).mean().item()
     kl = (weights * (logs + math.log(scores.shape[1]))).sum(dim=1).mean().item()
     return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
+
+
+def gain_in_objective(
+    score: float, kl: float, reference_scores: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """J of a policy, and how far it is from the reference's to the best possible.
+
+    `score` and `kl` (nats) are means over its responses, `reference_scores` (P, K) the
+    scores of K responses of the reference to each prompt. Returns
+
+        objective: J = score - beta kl
+        share: (J - J_ref) / (J* - J_ref)
+
+    where J_ref is the mean of `reference_scores`, and J* is that of `best_possible`.
+    Without a price nothing is the best possible, so there is no share.
+    """
+    objective = score - kl_coef * kl
+    if not kl_coef:
+        return {"objective": objective}
+    start = reference_scores.mean().item()
+    most = best_possible(reference_scores, kl_coef)[1]["objective"]
+    return {"objective": objective, "share": (objective - start) / (most - start)}
 
 
 def figures_table(

@@ -81,12 +81,14 @@ class Settings:
     max_new_tokens: int = setting(48)  # of a response, EOS included [tokens]
     temperature: float = setting(1.0)  # of the sampling, and of every log-probability
     # 3. PPO: the loop
-    ppo_episodes: int = setting(6_144)  # [responses], in rollouts of
+    ppo_episodes: int = setting(3_072)  # [responses], in rollouts of
     ppo_rollout_size: int = setting(128)  # [responses], each used for
-    ppo_epochs: int = setting(4)  # [passes over the rollout], in
+    ppo_epochs: int = setting(2)  # [passes over the rollout], in
     ppo_minibatch_size: int = setting(64)  # [responses of one step], in pieces of
     ppo_micro_batch_size: int = setting(64, NOTHING)  # [responses at once]
     ppo_lr: float = setting(6e-5)  # peak learning rate, falling linearly to 0
+    # Rollouts in which it rises to that: Adam's first steps are its longest
+    ppo_warmup: int = setting(4, least=0)
     value_head_lr: float = setting(1e-3)  # of the value head, which starts from zeros
     kl_coef: float = setting(0.2, least=0)  # beta [normalised score per nat of KL]
     kl_target: float = setting(0.0, least=0)  # an adaptive beta's [nats]; 0: none
@@ -101,10 +103,12 @@ class Settings:
     # Ends an update early [nats per token]; 0: no bound
     max_approx_kl: float = setting(0.2, least=0)
     # Of a response that never ends [normalised score]
-    missing_eos_score: float = setting(-1.0, above=-math.inf)
+    missing_eos_score: float = setting(-2.0, above=-math.inf)
     # 3. PPO: the measurements
     normalise_samples: int = setting(512, least=2)  # SFT responses that fix the scale
     eval_prompts: int = setting(256)  # held-out prompts, before and after [responses]
+    # SFT responses to each of them, from which the best possible is estimated
+    possible_samples: int = setting(32, ("figures",), least=2)
     # Of them, followed through training; 0: none
     time_machine_prompts: int = setting(6, ("policy",), least=0)
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
@@ -203,10 +207,13 @@ TINY = Settings(
     max_new_tokens=32,
     ppo_episodes=7_680,
     ppo_rollout_size=256,
-    ppo_lr=2e-4,
+    ppo_epochs=4,
+    ppo_lr=3e-4,
+    ppo_warmup=2,
     value_head_lr=3e-3,
     kl_coef=0.1,
     value_coef=1.0,
+    possible_samples=64,
     frontier_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
