@@ -14,6 +14,7 @@ from utils.evaluation import (
     distinct_n,
     figures_table,
     gain_in_objective,
+    interval_95,
     train_judge,
 )
 from utils.models import PolicyWithValueHead, RewardModel, freeze
@@ -216,3 +217,29 @@ def test_what_has_no_best_possible_is_refused():
     for shape in ((4,), (4, 1)):
         with pytest.raises(ValueError, match="two responses at least, got"):
             best_possible(torch.zeros(shape), 0.1)
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_an_interval_leaves_out_a_fortieth_on_each_side(n):
+    """Student's density, integrated up to the t that the half width stands for."""
+    runs = torch.arange(n, dtype=torch.float64)
+    middle, half = interval_95(runs)
+    assert middle == (n - 1) / 2
+    t = (half / runs.std() * n**0.5).item()
+    nu, steps = n - 1, 20_000
+    factor = math.gamma((nu + 1) / 2) / math.gamma(nu / 2) / math.sqrt(nu * math.pi)
+    h = t / steps
+    heights = [(1 + (i * h) ** 2 / nu) ** (-(nu + 1) / 2) for i in range(steps + 1)]
+    inside = factor * h * (sum(heights) - (heights[0] + heights[-1]) / 2)
+    # the table has three digits behind the point
+    assert inside == pytest.approx(0.475, abs=2e-5)
+
+
+def test_an_interval_is_that_of_each_figure_and_takes_two_runs():
+    runs = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    middle, half = interval_95(runs)
+    assert middle.tolist() == [2, 5] and half[1] == 0
+    assert half[0].item() == pytest.approx(12.706, abs=1e-3)  # s / sqrt(n) is 1
+    for n in (1, 11):
+        with pytest.raises(ValueError, match=f"2 to 10 runs, got {n}"):
+            interval_95(torch.zeros(n))

@@ -22,7 +22,13 @@ from utils.rollout import evaluate_responses
 from utils.settings import FULL
 from utils.support import preflight as preflight_module
 from utils.support.notebook import import_cells
-from utils.support.preflight import GIB, device_error, memory_needed, preflight
+from utils.support.preflight import (
+    GIB,
+    check_group,
+    device_error,
+    memory_needed,
+    preflight,
+)
 
 START = ("policy", "reference", "reward_model", "optimizer", "rollout", "tokenizer")
 LEARNS = ("settings", "sft_responses", "reward_folder")
@@ -301,3 +307,25 @@ def test_the_trained_model_is_compared_with_the_cpu_too(monkeypatch, capsys, off
         return
     with pytest.raises(RuntimeError, match="off the CPU's; set device to cpu"):
         check(start)
+
+
+@pytest.mark.parametrize(
+    "name, group, changes, says",
+    [
+        ("RLO", 4, {}, "no estimator 'RLO'; take PPO or RLOO or GRPO"),
+        ("RLOO", 1, {}, "must be 2 or more, got 1"),
+        ("GRPO", 0, {}, "must be 2 or more, got 0"),
+        ("PPO", 0, {}, "must be a multiple of the group, got 0"),
+        ("RLOO", 5, {}, r"ppo_rollout_size \(24\) must be a multiple .* got 5"),
+        ("GRPO", 4, {"ppo_micro_batch_size": 6}, r"ppo_micro_batch_size \(6\) to"),
+    ],
+)
+def test_a_group_that_cannot_be_compared_is_said_before(name, group, changes, says):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    with pytest.raises(ValueError, match=says):
+        check_group(name, group, ("PPO", "RLOO", "GRPO"), settings)
+
+
+@pytest.mark.parametrize("name, group", [("PPO", 1), ("RLOO", 2), ("GRPO", 24)])
+def test_whole_groups_pass(name, group):
+    check_group(name, group, ("PPO", "RLOO", "GRPO"), SETTINGS)

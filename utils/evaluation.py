@@ -150,6 +150,23 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
     return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
 
 
+# 97.5 % of Student's t with n - 1 degrees of freedom lie below it, by n
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+T_975 |= {9: 2.306, 10: 2.262}
+
+
+def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over runs (n, ...), and half the width of its 95 % interval.
+
+    t s / sqrt(n), with the deviation s of the sample and t of Student's distribution
+    (Student 1908, "The Probable Error of a Mean"). Raises ValueError for fewer than 2
+    or more than 10 runs.
+    """
+    if (n := len(runs)) not in T_975:
+        raise ValueError(f"an interval takes 2 to 10 runs, got {n}")
+    return runs.mean(dim=0), T_975[n] * runs.std(dim=0) / n**0.5
+
+
 def gain_in_objective(
     score: float, kl: float, reference_scores: Tensor, kl_coef: float
 ) -> dict[str, float]:

@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from utils.evaluation import interval_95
 from utils.ppo import kl_estimate
 
 BLUE, RED, GREY, GREEN = "#3b6fb6", "#c8553d", "#8a8a8a", "#4c9f70"
@@ -234,6 +235,26 @@ def plot_moments(estimators: dict[str, tuple[float, float, float]]):
         axis.set(title=texts[0], xlabel=texts[1])
         axis.invert_yaxis()
         axis.label_outer()
+    return figure
+
+
+@_described
+def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
+    """Score and KL of each estimator over the rollouts: mean and 95 % interval.
+
+    By estimator and figure: a curve for each seed.
+    """
+    figures = {"score": "normalised score", "kl": "nats per response"}
+    figure, axes = _axes(1, len(figures), width=4.5, height=3.2)
+    for axis, (key, unit) in zip(axes, figures.items(), strict=True):
+        colours = (GREY, GREEN, RED, BLUE)
+        for (name, found), colour in zip(curves.items(), colours, strict=True):
+            mean, half = interval_95(torch.tensor(found[key]))
+            axis.plot(mean, color=colour, label=name)
+            edges = (mean - half, mean + half)
+            axis.fill_between(range(len(mean)), *edges, color=colour, alpha=0.2)
+        axis.set(title=key, xlabel="rollout", ylabel=unit)
+    axes[0].legend(frameon=False)
     return figure
 
 

@@ -112,6 +112,7 @@ class Settings:
     # Of them, followed through training; 0: none
     time_machine_prompts: int = setting(6, ("policy",), least=0)
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
+    race_rollouts: int = setting(0, NOTHING, least=0)  # of each estimator; 0: none
     best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
     checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
     # 1: PPO starts although the preflight sees that it would not learn
@@ -215,6 +216,7 @@ TINY = Settings(
     value_coef=1.0,
     possible_samples=64,
     frontier_rollouts=10,
+    race_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
 

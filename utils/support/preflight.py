@@ -308,3 +308,31 @@ def preflight(
         raise RuntimeError("PPO would not learn: " + "; ".join([*hopeless, ANYWAY]))
     if hopeless:
         print("PPO starts all the same, since train_anyway is set")
+
+
+def check_group(name: str, group_size: int, known, settings):
+    """ValueError if an estimator cannot be trained with groups of this size.
+
+    `known` are the names of the estimators there are. The responses of a group are
+    compared with each other, so a rollout must be made of whole groups; those without
+    comparison take a group of 1.
+    """
+    if name not in known:
+        raise ValueError(f"there is no estimator {name!r}; take {' or '.join(known)}")
+    if name in ("RLOO", "GRPO") and group_size < 2:
+        raise ValueError(
+            f"{name} compares responses to the same prompt, so a group must be 2 or "
+            f"more, got {group_size}"
+        )
+    if group_size < 1 or settings.ppo_rollout_size % group_size:
+        raise ValueError(
+            f"ppo_rollout_size ({settings.ppo_rollout_size}) must be a multiple of the "
+            f"group, got {group_size}"
+        )
+    pieces = settings.ppo_micro_batch_size < settings.ppo_minibatch_size
+    if name == "GRPO" and pieces:
+        raise ValueError(
+            "GRPO's mean over responses cannot be worked out in pieces; set "
+            f"ppo_micro_batch_size ({settings.ppo_micro_batch_size}) to "
+            f"ppo_minibatch_size ({settings.ppo_minibatch_size}), or lower both"
+        )
