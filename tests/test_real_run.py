@@ -112,6 +112,24 @@ def test_seeds_at_once_share_the_cores(pretended):
     assert pretended.threads == ["1"] * 9
 
 
+def test_the_reward_model_learns_from_fewer_phrases_too(pretended, tmp_path):
+    arguments = ["some/model", "--seeds", "1", "--set", "train_rows=100", "--curve"]
+    real_run.main([*arguments, "25,5000,0"])
+    *whole, few, more, all_of_them = pretended.asked
+    assert len(whole) == 3
+    for options, rows in ((few, 25), (more, 5000), (all_of_them, 0)):
+        own = {"RLHF_SEED": "42", "RLHF_RUNS_DIR": f"runs/real-run/42-{rows}"}
+        own |= {"RLHF_MODEL_NAME": "some/model", "RLHF_TRAIN_ROWS": str(rows)}
+        assert options.settings == load_settings("full", own)
+        assert options.notebooks == [NOTEBOOKS["2"]]
+    folder = tmp_path / "docs/real-run"
+    found = json.loads((folder / "results.json").read_text())
+    assert found["curve"] == {"25": 21.0, "5000": 21.0, "0": 21.0}
+    page = (folder / "README.md").read_text()
+    assert "2100.0% from 25, 2100.0% from 5,000, 2100.0% from all." in page
+    assert "some/model --seeds 1 --curve 25,5000,0 --set train_rows=100\n" in page
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -120,6 +138,8 @@ def test_seeds_at_once_share_the_cores(pretended):
         (["m", "--set", "train_row=5"], "the nearest is 'train_rows'"),
         (["m", "--set", "train_rows=many"], "must be a whole number, got 'many'"),
         (["m", "--set", "ppo_episodes=100"], "must be a multiple of ppo_rollout_size"),
+        (["m", "--curve", "10,x"], "must be a whole number, got 'x'"),
+        (["m", "--curve", "10,-1"], "must be 0 or more, got -1"),
         (["m", "--set", "seed=7"], "--set cannot change seed"),
     ],
 )

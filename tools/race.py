@@ -64,7 +64,9 @@ def race(name, k, rate, seed, reward="reward model") -> dict:
     three, four = lessons(settings, device)
     own = dataclasses.replace(settings, seed=seed, ppo_lr=rate)
     score = {"reward model": three.score, "grammar": four.grammar_score}[reward]
-    started = time.process_time()  # on one thread, so that a busy machine tells the same
+    started = (
+        time.process_time()
+    )  # on one thread, so that a busy machine tells the same
     run = four.train_as(name, k, score, own)
     seconds = time.process_time() - started
     figures, _ = three.evaluate(run.policy, show_progress=False)

@@ -38,7 +38,7 @@ The preset `full` on a real model of GPT-2's size and on SST-2. Seeds: {seeds}; 
 several, the mean, and the least and the most. The notebooks here are the first seed's.
 
 {table}
-
+{curve}
 The first update moved the policy by {first} nats per token (`approx_kl`); updates that
 ended early: {early}.
 
@@ -46,23 +46,30 @@ ended early: {early}.
 
     {command}
 """
+CURVE = """
+What more phrases are worth: the first seed's reward model has an accuracy of {}.
+"""
 
 
-def run_notebook(artefact: str, seed: int, changes: list[str], threads: int = 0):
+def run_notebook(
+    artefact: str, seed: int, changes: list[str], threads: int = 0, name: str = ""
+):
     """Run the notebook that makes an artefact, unless it is there with its cost.
 
-    On so many threads; 0: as many as there are.
+    On so many threads; 0: as many as there are. In a folder of this name, or the
+    seed's.
 
     Raises SystemExit if it failed, or if it is there with other changes.
     """
-    made = ROOT / RUNS / str(seed) / FULL.preset / artefact
+    runs = RUNS / (name or str(seed))
+    made = ROOT / runs / FULL.preset / artefact
     cost = made.with_name(f"{artefact}-cost.json")
     if cost.exists() and (made / "metrics.json").exists():
         then = json.loads(cost.read_text())["changes"]
         if then != changes:
             sys.exit(f"{made} was made with {then}; delete {RUNS} to measure {changes}")
         return
-    sets = [f"runs_dir={RUNS / str(seed)}", f"seed={seed}", *changes]
+    sets = [f"runs_dir={runs}", f"seed={seed}", *changes]
     command = [sys.executable, "-m", "utils", "--preset", FULL.preset]
     command += ["--only", notebook_of(artefact)]
     command += [word for one in sets for word in ("--set", one)]
@@ -109,6 +116,19 @@ def collect(seeds: list[int], changes: list[str], settings: Settings) -> dict:
     }
 
 
+def learning_curve(rows: list[int], seed: int, changes: list[str], threads: int = 0):
+    """The reward model's accuracy by the number of phrases that it learnt from."""
+    found = {}
+    for n in rows:
+        own = [one for one in changes if not one.startswith("train_rows=")]
+        own, name = [*own, f"train_rows={n}"], f"{seed}-{n}"
+        run_notebook("reward_model", seed, own, threads, name)
+        folder = ROOT / RUNS / name / FULL.preset / "reward_model"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        found[str(n)] = metrics["after"]["accuracy"]
+    return found
+
+
 def spread(values: list[float], spec: str) -> str:
     """The mean over the seeds, and the least and the most."""
     low, high = format(min(values), spec), format(max(values), spec)
@@ -120,6 +140,8 @@ def command_of(found: dict) -> str:
     """The command that measured this."""
     seeds, (model, *changes) = len(found["seeds"]), found["changes"]
     command = f"python -m tools.real_run {model.partition('=')[2]} --seeds {seeds}"
+    if found["curve"]:
+        command += f" --curve {','.join(found['curve'])}"
     return " --set ".join([command, *changes])
 
 
@@ -130,6 +152,10 @@ def page(found: dict) -> str:
         if each := found["figures"].get(name):
             old = spread(each["before"], spec) if "before" in each else ""
             lines.append(f"| {description} | {old} | {spread(each['after'], spec)} |")
+    curve = [
+        f"{share:.1%} from {f'{int(n):,}' if int(n) else 'all'}"
+        for n, share in found["curve"].items()
+    ]
     times = [f"{spread(found['seconds'][a], '.0f')} s for {a}" for a in STAGES]
     return PAGE.format(
         table="\n".join(lines),
@@ -140,6 +166,7 @@ def page(found: dict) -> str:
         peak=found["peak_gib"],
         first=spread(found["first_approx_kl"], ".3f"),
         early=sum(found["ended_early"]),
+        curve=CURVE.format(", ".join(curve)) if curve else "",
     )
 
 
@@ -171,6 +198,12 @@ def main(argv=None):
         "--jobs", type=int, default=1, help="seeds at once, which share the cores"
     )
     parser.add_argument(
+        "--curve",
+        default="",
+        metavar="ROWS,...",
+        help="train the first seed's reward model on so many phrases, too",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
     )
     options = parser.parse_args(argv)
@@ -180,6 +213,11 @@ def main(argv=None):
         parser.error(f"one seed at once is the least, got --jobs {options.jobs}")
     changes = [f"model_name={options.model}", *options.changes]
     try:
+        curve = [
+            parse_field("train_rows", n) for n in filter(None, options.curve.split(","))
+        ]
+        for n in curve:
+            dataclasses.replace(FULL, train_rows=n)
         pairs = [change.partition("=")[::2] for change in changes]
         given = {field: parse_field(field, value) for field, value in pairs}
         if own := {"seed", "runs_dir"} & set(given):
@@ -200,6 +238,7 @@ def main(argv=None):
         list(pool.map(run_seed, seeds))
     (ROOT / FOLDER).mkdir(parents=True, exist_ok=True)
     found = collect(seeds, changes, settings)
+    found["curve"] = learning_curve(curve, seeds[0], changes, threads)
     write_text(ROOT / FOLDER / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(ROOT / FOLDER / "README.md", page(found))
     for name in map(notebook_of, STAGES):
