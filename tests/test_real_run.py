@@ -1,7 +1,7 @@
 """The tool that measures the series on a real model, with the runs pretended."""
 
 import json
-import subprocess
+import sys
 from types import SimpleNamespace
 
 import nbformat
@@ -25,7 +25,7 @@ def pretended(tmp_path, monkeypatch):
     monkeypatch.setattr(real_run.os, "cpu_count", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def run(command, cwd, env):
+    def run_measured(command, env):
         threads.append(env.get("OMP_NUM_THREADS"))
         options = parse(command[3:])
         asked.append(options)
@@ -47,9 +47,9 @@ def pretended(tmp_path, monkeypatch):
             steps = [{"approx_kl": 0.25, "optimizer_steps": n} for n in (3, 1, 4, 3)]
             metrics |= {"before": {figure: 1.0}, "history": steps}
         (artefact / "metrics.json").write_text(json.dumps(metrics))
-        return subprocess.CompletedProcess(command, 0)
+        return 0, {"seconds": 1.0, "peak_gib": 2.0}
 
-    monkeypatch.setattr(real_run.subprocess, "run", run)
+    monkeypatch.setattr(real_run, "run_measured", run_measured)
     return SimpleNamespace(asked=asked, threads=threads)
 
 
@@ -149,8 +149,19 @@ def test_what_cannot_be_run_is_said_before(pretended, capsys, arguments, says):
     assert says in capsys.readouterr().err and not pretended.asked
 
 
+def test_what_a_run_took_is_measured():
+    """That of its children too: one that holds a GiB and computes for a while."""
+    code = "import time; x = b'x' * 2**30; t = time.process_time()\n"
+    code += "while time.process_time() - t < 0.3: pass\n"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    failed, spent = real_run.run_measured([sys.executable, "-c", nested], {})
+    assert not failed and 1 <= spent["peak_gib"] < 1.1
+    assert spent["seconds"] >= 0.3
+    failed, _ = real_run.run_measured([sys.executable, "-c", "raise SystemExit(3)"], {})
+    assert failed == 3
+
+
 def test_a_notebook_that_fails_ends_it(pretended, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(real_run.subprocess, "run", lambda *_, **options: failed)
+    monkeypatch.setattr(real_run, "run_measured", lambda *_: (1, {}))
     with pytest.raises(SystemExit, match="seed 42 stopped in notebook 1"):
         real_run.main(["m"])

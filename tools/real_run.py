@@ -13,10 +13,8 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,13 +40,30 @@ several, the mean, and the least and the most. The notebooks here are the first 
 The first update moved the policy by {first} nats per token (`approx_kl`); updates that
 ended early: {early}.
 
-{machine}. A seed took {seconds}; peak memory {peak} GiB. Written by
+{machine}. A seed took {seconds}, in seconds of one processor; peak
+memory {peak} GiB. Written by
 
     {command}
 """
 CURVE = """
 What more phrases are worth: the first seed's reward model has an accuracy of {}.
 """
+
+
+def run_measured(command: list[str], environment: dict) -> tuple[int, dict]:
+    """Its exit status, and what it took: seconds of the processors, memory [GiB].
+
+    Not those of the clock, which also counts what else the machine was doing.
+    """
+    started = subprocess.Popen(command, cwd=ROOT, env=environment)
+    _, status, usage = os.wait4(started.pid, 0)
+    started.returncode = os.waitstatus_to_exitcode(status)
+    seconds = usage.ru_utime + usage.ru_stime
+    # of the largest process among its own, in KiB on Linux
+    return started.returncode, {
+        "seconds": seconds,
+        "peak_gib": usage.ru_maxrss / 2**20,
+    }
 
 
 def run_notebook(
@@ -74,13 +89,9 @@ def run_notebook(
     command += ["--only", notebook_of(artefact)]
     command += [word for one in sets for word in ("--set", one)]
     ours = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ours})
-    if done.returncode:
+    failed, spent = run_measured(command, {**os.environ, **ours})
+    if failed:
         sys.exit(f"seed {seed} stopped in notebook {notebook_of(artefact)}, see above")
-    # The largest process that has ended, in KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    spent = {"seconds": time.perf_counter() - started, "peak_gib": peak / 2**20}
     write_text(cost, json.dumps({**spent, "changes": changes}))
 
 
@@ -156,7 +167,7 @@ def page(found: dict) -> str:
         f"{share:.1%} from {f'{int(n):,}' if int(n) else 'all'}"
         for n, share in found["curve"].items()
     ]
-    times = [f"{spread(found['seconds'][a], '.0f')} s for {a}" for a in STAGES]
+    times = [f"{spread(found['seconds'][a], ',.0f')} for {a}" for a in STAGES]
     return PAGE.format(
         table="\n".join(lines),
         seeds=len(found["seeds"]),
