@@ -81,7 +81,7 @@ class Settings:
     max_new_tokens: int = setting(48)  # of a response, EOS included [tokens]
     temperature: float = setting(1.0)  # of the sampling, and of every log-probability
     # 3. PPO: the loop
-    ppo_episodes: int = setting(3_072)  # [responses], in rollouts of
+    ppo_episodes: int = setting(4_096)  # [responses], in rollouts of
     ppo_rollout_size: int = setting(128)  # [responses], each used for
     ppo_epochs: int = setting(2)  # [passes over the rollout], in
     ppo_minibatch_size: int = setting(64)  # [responses of one step], in pieces of
@@ -90,7 +90,7 @@ class Settings:
     # Rollouts in which it rises to that: Adam's first steps are its longest
     ppo_warmup: int = setting(4, least=0)
     value_head_lr: float = setting(1e-3)  # of the value head, which starts from zeros
-    kl_coef: float = setting(0.2, least=0)  # beta [normalised score per nat of KL]
+    kl_coef: float = setting(0.1, least=0)  # beta [normalised score per nat of KL]
     kl_target: float = setting(0.0, least=0)  # an adaptive beta's [nats]; 0: none
     kl_horizon: int = setting(10_000)  # how slowly it adapts [responses]
     gamma: float = setting(1.0, least=0, most=1)  # discount
@@ -212,7 +212,6 @@ TINY = Settings(
     ppo_lr=3e-4,
     ppo_warmup=2,
     value_head_lr=3e-3,
-    kl_coef=0.1,
     value_coef=1.0,
     possible_samples=64,
     frontier_rollouts=10,
