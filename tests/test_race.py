@@ -14,7 +14,7 @@ def pretended(tmp_path, monkeypatch):
 
     def run(name, k, rate, seed, reward="reward model"):
         asked.append((name, k, rate, seed, reward))
-        # the best of RLOO is in larger groups, and nobody's at the two largest
+        # the best of RLOO is in larger groups, and nobody's at the largest rate
         share = rate if rate < 1e-3 else 0.0
         share *= 2 if (name, k) == ("RLOO", 16) else 1
         return {"share": share, "kl": seed / 3, "curves": {"score": [seed], "kl": [k]}}
@@ -37,11 +37,11 @@ def test_the_search_chooses_and_five_seeds_run(pretended, tmp_path):
     found = json.loads((tmp_path / race.RESULTS).read_text())
     best = {name: [1, 5e-4] for name in ("REINFORCE", "PPO")}
     assert found["chosen"] == {**best, "RLOO": [16, 5e-4], "GRPO": [4, 5e-4]}
-    assert len(found["search"]) == 6 + 12 + 12 + 6
+    assert len(found["search"]) == 5 + 10 + 10 + 5
     assert found["search"]["RLOO, groups of 16, learning rate 0.0005"] == 1e-3
     searched = [one for one in pretended if one[3] == race.SEARCH_SEED]
     raced = [one for one in pretended if one[3] != race.SEARCH_SEED]
-    assert len(searched) == 36 and len(raced) == 25
+    assert len(searched) == 30 and len(raced) == 25
     assert [one[3] for one in raced if one[0] == "RLOO"] == [0, 1, 2, 3, 4]
     assert {one[4] for one in raced} == {"reward model", "grammar"}
     assert found["race"]["PPO"]["kl"] == [0.0, 0.3333, 0.6667, 1.0, 1.333]

@@ -30,7 +30,7 @@ from utils.support.preflight import prepare
 RESULTS = "docs/race.json"
 LESSON = "more/4-Estimators.ipynb"
 NAMES = ("REINFORCE", "RLOO", "GRPO", "PPO")
-RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 GROUPS = {"RLOO": (4, 16), "GRPO": (4, 16)}
 SEARCH_SEED, SEEDS = 100, range(5)
 WORLDS, BETAS = range(5), (0.25, 0.5, 1.0)
