@@ -91,3 +91,16 @@ def test_a_picture_in_a_notebook_is_sharp_and_has_words():
     picture = base64.b64decode(output.data["image/png"])
     size = struct.unpack(">II", picture[16:24])  # PNG, 11.2.1
     assert size == (1200, 600) and shown["width"] == 600  # 6 by 3 inches of 100 dots
+
+
+def test_what_was_steered_stands_in_the_order_that_was_given():
+    figure = plots.plot_steered([" dull", " a", " witty"], [-2.0, 0.0, 1.5])
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        " dull",
+        " a",
+        " witty",
+    ]
+    assert [bar.get_width() for bar in axis.patches] == [-2.0, 0.0, 1.5]
+    colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in axis.patches]
+    assert colours == [plots.RED, plots.RED, plots.BLUE]

@@ -387,3 +387,15 @@ def plot_response(tokens: list[str], bars: dict[str, list[float]]):
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xticks(range(len(tokens)), tokens)
     return figure
+
+
+@_described
+def plot_steered(tokens: list[str], ratios: list[float]):
+    """The tokens that PPO has made likelier (blue) and less likely (red), as bars."""
+    figure, axis = _axes(1, 1, width=6, height=0.22 * len(tokens) + 0.7)
+    colours = [BLUE if ratio > 0 else RED for ratio in ratios]
+    axis.barh(range(len(tokens)), ratios, color=colours)
+    axis.set_yticks(range(len(tokens)), tokens)
+    axis.axvline(0, color="k", linewidth=0.5)
+    axis.set_xlabel("mean of log π − log π_ref [nats]")
+    return figure
