@@ -27,7 +27,7 @@ def _first_line(error) -> str:
     return f"{type(error).__name__}: {said[:200]}"
 
 
-def _kinds(error) -> set[str]:
+def kinds_of(error) -> set[str]:
     """The names of the classes of an error and of those that led to it.
 
     Names, since the hub's library has its network errors from httpx or from httpx2.
@@ -56,7 +56,7 @@ def _unreachable(what, name):
     try:
         repo_info(name, repo_type=repo_type, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        if _kinds(error) & {"ConnectError", "TimeoutException"}:
+        if kinds_of(error) & {"ConnectError", "TimeoutException"}:
             return error
     return None
 
@@ -122,7 +122,7 @@ def download_weights(name: str):
 
 def _explained(error, what, name, unreachable):
     """The same error in one sentence, with the remedy."""
-    kinds = _kinds(error)
+    kinds = kinds_of(error)
     found = what == "data set" and CONFIGURATIONS.search(str(error))
     if found and type(error) is ValueError:
         return ValueError(
