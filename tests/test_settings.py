@@ -12,7 +12,7 @@ def test_the_presets():
     assert FULL.ppo_steps * FULL.ppo_rollout_size == FULL.ppo_episodes
 
 
-WORDS = {"precision": "float16", "device": "cpu"}
+WORDS = {"precision": "float16", "device": "cpu", "log_to": "wandb"}
 
 
 def test_every_field_can_be_set_from_the_environment():
@@ -54,6 +54,7 @@ def test_every_field_can_be_set_from_the_environment():
         ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
         ("RLHF_PRECISION", "int8", "precision.*'int8'"),
         ("RLHF_DEVICE", "gpu", "device must be auto, cpu, cuda or mps, got 'gpu'"),
+        ("RLHF_LOG_TO", "wandbs", "log_to must be empty, tensorboard, wandb or track"),
         ("RLHF_DEVICE", "cuda:1", "device must be auto, cpu, .*'cuda:1'"),
         ("RLHF_PRESETS", "1", "RLHF_PRESETS.*there is no setting 'presets'"),
         ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
@@ -88,7 +89,7 @@ def test_what_a_setting_changes_is_said_once_for_each():
     sft = {name for name in fields if name.startswith("sft_")}
     rm = {name for name in fields if name.startswith("rm_")}
     free = {"runs_dir", "ppo_micro_batch_size", "frontier_rollouts", "best_of_n"}
-    free |= {"checkpoint_every", "device", "train_anyway", "race_rollouts"}
+    free |= {"checkpoint_every", "device", "train_anyway", "race_rollouts", "log_to"}
     assert kinds["sft"] == common | sft
     assert kinds["reward_model"] == common | rm
     assert kinds["policy"] == fields - sft - rm - free - {"possible_samples"}

@@ -18,6 +18,7 @@ NOTHING = ()
 CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
+    "log_to": ("", "tensorboard", "wandb", "trackio"),
 }
 
 
@@ -115,6 +116,8 @@ class Settings:
     race_rollouts: int = setting(0, NOTHING, least=0)  # of each estimator; 0: none
     best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
     checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
+    # Where a run can be watched: tensorboard, wandb or trackio; empty: nowhere else
+    log_to: str = setting("", NOTHING)
     # 1: PPO starts although the preflight sees that it would not learn
     train_anyway: int = setting(0, NOTHING, least=0)
 
@@ -133,7 +136,8 @@ class Settings:
                 )
         for name, values in CHOICES.items():
             if (value := getattr(self, name)) not in values:
-                listed = f"{', '.join(values[:-1])} or {values[-1]}"
+                *others, last = (word or "empty" for word in values)
+                listed = f"{', '.join(others)} or {last}"
                 raise ValueError(f"{name} must be {listed}, got {value!r}")
         if self.prompt_max_tokens < self.prompt_min_tokens:
             raise ValueError(

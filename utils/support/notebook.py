@@ -87,6 +87,15 @@ def import_cells(notebook: str, *cell_ids: str, names: dict | None = None) -> di
     return namespace
 
 
+def somebody_is_there() -> bool:
+    """Whether a person sits before this notebook, and not a program that executes it.
+
+    Programs (nbclient, papermill) say with each cell that nobody can be asked anything.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
 def no_widgets():
     """Switch off the libraries' own bars: in a notebook they are widgets.
 

@@ -23,6 +23,7 @@ from utils.support.notebook import (
     no_widgets,
     say_errors_in_a_sentence,
 )
+from utils.support.watching import check_tracker
 from utils.training import (
     autocast,
     check_code_is_current,
@@ -55,6 +56,7 @@ def prepare(artefact: str, preset: str = "", changes=()):
     settings = load_settings(preset)
     changes = {name: parse_field(name, str(x)) for name, x in dict(changes).items()}
     settings = dataclasses.replace(settings, **changes)
+    check_tracker(settings)
     say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
     tiny_world.prepare(settings)
     name = settings.model_name

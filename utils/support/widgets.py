@@ -6,22 +6,13 @@ Written for ipywidgets 7.7, which Colab has, and 8.
 import html
 
 import ipywidgets
-from IPython import get_ipython
 from IPython.display import display
 
 from utils.blind import BlindTest
+from utils.support.notebook import somebody_is_there
 from utils.talk import TEMPERATURES, Talk, card, visible
 
 WIDE = {"width": "95%"}
-
-
-def somebody_is_there() -> bool:
-    """Whether a person sits before this notebook, and not a program that executes it.
-
-    Programs (nbclient, papermill) say with each cell that nobody can be asked anything.
-    """
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(getattr(kernel, "_allow_stdin", False))
 
 
 def show(box: ipywidgets.Widget):
