@@ -10,6 +10,7 @@ import importlib.util
 import time
 from pathlib import Path
 
+import pandas
 from IPython.display import display
 
 from utils.plots import plot_ppo
@@ -51,14 +52,15 @@ class Watch:
         the texts of a moment are a table of prompt, response and reward.
         """
         done = len(run.history)
-        moments = sorted(run.snapshots.keys() - self._shown)
+        moments = run.snapshots.keys() - self._shown
         if self.settings.log_to and (moments or done > self._written):
             start = TRACKERS[self.settings.log_to]
             self._tracker = self._tracker or start(self.settings)
-            for step in range(self._written, done):
-                self._tracker.figures(run.history[step], step + 1)
-            for step in moments:
-                self._tracker.texts(run.snapshots[step][1], step)
+            for step in range(done + 1):  # in this order: wandb takes no step back
+                if step > self._written:
+                    self._tracker.figures(run.history[step - 1], step)
+                if step in moments:
+                    self._tracker.texts(run.snapshots[step][1], step)
             self._written, self._shown = done, set(run.snapshots)
         if somebody_is_there():
             self._draw(run.history, ended=done == self.settings.ppo_steps)
@@ -133,13 +135,8 @@ class Wandb:
 
     def __init__(self, settings):
         self.library = importlib.import_module(self.module)
-        name = _run_name(settings)
-        config = _numbers(settings)
-        self.library.init(project=PROJECT, name=name, config=config, **self.options())
-
-    def options(self):
-        """What only one of the two takes."""
-        return {}
+        name, config = _run_name(settings), _numbers(settings)
+        self.library.init(project=PROJECT, name=name, config=config)
 
     def figures(self, figures, step):
         """One number of each name."""
@@ -147,13 +144,9 @@ class Wandb:
 
     def texts(self, rows, step):
         """A table, beside the figures of its step."""
-        names = ["prompt", "response", "reward"]
-        self.library.log({"samples": self.table(names, rows)}, step=step)
-
-    def table(self, names, rows):
-        """The rows as the library's table."""
-        data = [[row[name] for name in names] for row in rows]
-        return self.library.Table(columns=names, data=data)
+        frame = pandas.DataFrame(rows)[["prompt", "response", "reward"]]
+        table = self.library.Table(dataframe=frame)
+        self.library.log({"samples": table}, step=step)
 
     def close(self):
         """End the run."""
