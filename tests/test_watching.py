@@ -23,6 +23,7 @@ class Run:
             {"score": 0.1 * i, "kl": math.pi * i, "ratio_max": 1e6 + i}
             for i in range(done)
         ]
+        self.said = []
         self.snapshots = {step: ({"kl": 0.0}, ROWS) for step in (0, 3) if step <= done}
 
 
@@ -167,13 +168,14 @@ def test_live_curves_are_one_picture_that_is_gone_at_the_end(
 
 
 def test_wandb_offline_works(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="pip install wandb")
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     watch = Watch(settings(tmp_path, "wandb"))
     for done in (0, 3):
         watch.look(Run(done))
+    wandb.teardown()  # ends its own process, which writes the file
     (file,) = tmp_path.rglob("*.wandb")
     assert file.stat().st_size > 1000  # its own format; what it gets is tested above
 

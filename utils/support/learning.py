@@ -2,8 +2,8 @@
 
 Nothing of this is an error of the code. The preflight stops at what `outlook` says,
 and starts all the same with the setting `train_anyway`; between the rollouts of
-notebook 3 stands `say_new_signs`. (Elsewhere it would be a false alarm: the best policy
-of an exact world does repeat one text.)
+notebook 3 `Watch` calls `say_new_signs`. (Elsewhere it would be a false alarm: the best
+policy of an exact world does repeat one text.)
 """
 
 import json

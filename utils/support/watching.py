@@ -15,6 +15,7 @@ from IPython.display import display
 
 from utils.plots import plot_ppo
 from utils.settings import Settings
+from utils.support.learning import say_new_signs
 from utils.support.notebook import somebody_is_there
 
 PROJECT = "rlhf-notebooks"  # under which wandb and trackio file the runs
@@ -46,11 +47,12 @@ class Watch:
         self._plot, self._next = None, time.monotonic() + LEAST_SECONDS
 
     def look(self, run):
-        """Send what is new in `run.history` and `run.snapshots`, and draw the curves.
+        """Say what goes astray, send what is new to the tracker, and draw the curves.
 
         Figures go under their names in the history, the first rollout being step 1;
         the texts of a moment are a table of prompt, response and reward.
         """
+        say_new_signs(run)
         done = len(run.history)
         moments = run.snapshots.keys() - self._shown
         if self.settings.log_to and (moments or done > self._written):
