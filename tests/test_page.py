@@ -175,28 +175,30 @@ def test_a_person_types_sees_both_texts_and_changes_the_seed(served, tmp_path):
             field(name).send_keys(Keys.CONTROL, "a")
             field(name).send_keys(text)
 
-        def texts(unlike=None):
+        def texts(holding, unlike=("", "")):
+            """Both texts, once both hold these words and neither is the old one."""
             browser.find_element(By.ID, "write").click()
 
             def done(b):
                 found = [b.find_element(By.ID, x).text for x in ("before", "after")]
-                ended = "reward" in found[0] or "prompt" in found[0]
-                return found if ended and found != unlike else False
+                pairs = zip(found, unlike, strict=True)
+                new = all(holding in one and one != old for one, old in pairs)
+                return found if new and not found[0].startswith("before PPO …") else 0
 
             return wait.until(done)
 
         fill("prompt", "the acting")
-        first = texts()
-        assert all("the acting" in text and "reward" in text for text in first)
+        first = texts("reward")
+        assert all("the acting" in text for text in first)
         assert first[0].startswith("before PPO") and first[1].startswith("after PPO")
         browser.save_screenshot(str(tmp_path / "page.png"))
         fill("seed", "5")
-        second = texts(unlike=first)
-        assert second != first
+        second = texts("reward", unlike=first)
+        assert all("the acting" in text for text in second)
         fill("prompt", "<b>bold</b>")
-        assert "<b>bold</b>" in texts(unlike=second)[0]
+        texts("<b>bold</b>", unlike=second)
         fill("prompt", " ")
-        assert "the prompt is empty" in texts(unlike=second)[0]
+        texts("the prompt is empty; write the first words")
         browser.save_screenshot(str(tmp_path / "empty.png"))
     finally:
         browser.quit()
@@ -231,9 +233,10 @@ def test_twenty_visitors_with_twenty_prompts_each(served, report):
     assert used[1] < 1.25 * used[0]
     slowest, middle = max(seconds), sorted(seconds)[len(seconds) // 2]
     odd = client.Client(address, verbose=False)
-    for prompt in ["", "a" * 10_000, "\x00", "<|endoftext|>"]:
+    prompts = [p for p in odd_prompts() if isinstance(p, str) and p != "\ud83d"]
+    for prompt in prompts:  # that one is no UTF-8, and cannot be sent
         said = odd.predict(prompt, 1.0, 0, api_name="/write")[0]
-        assert said and not TRACE.search(said)
+        assert said and not TRACE.search(said.replace(prompt, ""))
     assert "Traceback" not in log.read_text()
     report(
         "20 visitors x 20 prompts",
