@@ -32,7 +32,10 @@ def test_clicks_choose_until_all_are_done():
     test = BlindTest(PAIRS, seed=1, most=3)
     said, row = blind_box(test).children
     left, right, undo = row.children
+    lefts, rights = [], []
     for n in range(3):
+        lefts.append(test.shown()[1])
+        rights.append(test.shown()[2])
         assert f"pair {n + 1} of 3" in said.value
         shown = test.shown()
         assert said.value.index(shown[1]) < said.value.index(shown[2])
@@ -42,7 +45,8 @@ def test_clicks_choose_until_all_are_done():
     undo.click()
     assert "pair 3 of 3" in said.value and not right.disabled
     right.click()
-    assert test.done
+    chosen = zip(test.pairs, test.result(), strict=True)
+    assert [pair[whose] for pair, whose in chosen] == [*lefts[:2], rights[2]]
 
 
 SHOW = """

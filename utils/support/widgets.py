@@ -33,6 +33,8 @@ def writing_box(talk: Talk, prompt: str = "the film is") -> ipywidgets.Widget:
         ),
         "seed": ipywidgets.IntSlider(0, min=0, max=100, description="seed"),
     }
+    for one in fields.values():
+        one.style.description_width = "6em"  # else "temperature" is cut off
     button, answer = ipywidgets.Button(description="write"), ipywidgets.HTML()
 
     def write(_=None):
