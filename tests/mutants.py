@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tests import test_evaluation, test_loop, test_preflight
-from utils import estimators, ppo, preferences, training
+from utils import estimators, lora, ppo, preferences, training
 from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
 from utils.practice import checks, exact_world
@@ -45,6 +45,9 @@ CORRECT = {  # check: the function of ours that it must pass
     checks.check_grpo_loss: estimators.grpo_loss,
     checks.check_bradley_terry_loss: preferences.bradley_terry_loss,
     checks.check_dpo_loss: preferences.dpo_loss,
+    checks.check_adapted_layer: lora.adapted_layer,
+    checks.check_merged_weight: lora.merged_weight,
+    checks.check_read_one_base: lora.read_one_base,
 }
 
 
@@ -802,6 +805,129 @@ def _(*arguments):
     return loss, stats
 
 
+# --- adapters
+
+
+def with_alpha(change):
+    """An adapted layer whose alpha is another: `change(alpha, r)`."""
+    return lambda layer, A, B, alpha: lora.adapted_layer(
+        layer, A, B, change(alpha, len(A))
+    )
+
+
+def merged_with_alpha(change):
+    return lambda layer, A, B, alpha: lora.merged_weight(
+        layer, A, B, change(alpha, len(A))
+    )
+
+
+SCALES = {
+    "alpha / r left out": ("alpha / r is left out", lambda alpha, r: r),
+    "alpha not divided by r": ("not divided by r", lambda alpha, r: alpha * r),
+    "alpha over the root of r": ("the root of r", lambda alpha, r: alpha * r**0.5),
+    "update subtracted": ("is subtracted", lambda alpha, r: -alpha),
+}
+for mistake, (diagnosis, change) in SCALES.items():
+    one = mutant(checks.check_adapted_layer, f"adapter: {mistake}", diagnosis)
+    one(with_alpha(change))
+    one = mutant(checks.check_merged_weight, f"merged: {mistake}", diagnosis)
+    one(merged_with_alpha(change))
+
+
+@mutant(checks.check_adapted_layer, "adapter: W x left out", "W x is left out")
+def _(layer, A, B, alpha):
+    adapted = lora.adapted_layer(layer, A, B, alpha)
+    return lambda x: adapted(x) - layer(x)
+
+
+@mutant(checks.check_adapted_layer, "adapter: A and B turned", "turned around")
+def _(layer, A, B, alpha):
+    return lora.adapted_layer(layer, B.t(), A.t(), alpha)
+
+
+@mutant(checks.check_adapted_layer, "adapter: left off", "the adapter is off")
+def _(layer, A, B, alpha):
+    adapted = lora.adapted_layer(layer, A, B, alpha)
+    lora.switch(adapted, None)
+    return adapted
+
+
+@mutant(
+    checks.check_adapted_layer, "adapter: Conv1D as Linear", "for that of nn.Linear"
+)
+def _(layer, A, B, alpha):
+    adapted = lora.adapted_layer(layer, A, B, alpha)
+    return lambda x: adapted(x) - layer(x) + x @ layer.weight.t() + layer.bias
+
+
+@mutant(checks.check_merged_weight, "merged: twice", "merged twice")
+def _(layer, A, B, alpha):
+    once = lora.merged_weight(layer, A, B, alpha)
+    return 2 * once - layer.weight
+
+
+@mutant(checks.check_merged_weight, "merged: without W", "W is left out")
+def _(layer, A, B, alpha):
+    return lora.merged_weight(layer, A, B, alpha) - layer.weight
+
+
+def turned_for(kind):
+    """A merged weight whose update is transposed for one kind of layer."""
+
+    def merged(layer, A, B, alpha):
+        right = lora.merged_weight(layer, A, B, alpha)
+        if type(layer).__name__ != kind:
+            return right
+        return layer.weight + (right - layer.weight).t()
+
+    return merged
+
+
+mutant(checks.check_merged_weight, "merged: Conv1D", "not transposed for Conv1D")(
+    turned_for("Conv1D")
+)
+mutant(checks.check_merged_weight, "merged: Linear", "transposed for nn.Linear")(
+    turned_for("Linear")
+)
+
+
+def misread(check, mistake, diagnosis, **names):
+    """A reading of one base in which some quantities see another adapter."""
+
+    @mutant(check, mistake, diagnosis)
+    def _(states, *rest):
+        found = lora.read_one_base(states, *rest)
+        for quantity, name in names.items():
+            other = lora.read_one_base(lambda _, name=name: states(name), *rest)
+            found[quantity] = other[quantity]
+        return found
+
+
+for quantity, name, mistake, diagnosis in (
+    ("ref_logprobs", "policy", "reference with the adapter on", "the KL is 0 for ever"),
+    ("ref_logprobs", "reward", "reference judged", "reference is read under the rew"),
+    ("scores", "policy", "scored under the policy's adapter", "under the policy's ad"),
+    ("scores", None, "scored by the base", "score is read with all adapters off"),
+    ("values", None, "value head on the base", "value head sees the base"),
+    ("values", "reward", "value head judges", "value head sees the states under"),
+    ("logprobs", None, "policy without its adapter", "with its adapter off"),
+):
+    misread(checks.check_read_one_base, mistake, diagnosis, **{quantity: name})
+misread(
+    checks.check_read_one_base,
+    "policy and reference swapped",
+    "are swapped",
+    logprobs=None,
+    ref_logprobs="policy",
+)
+
+
+@mutant(checks.check_read_one_base, "scored at the first state", "at the first state")
+def _(states, *rest):
+    found = lora.read_one_base(states, *rest)
+    return {**found, "scores": rest[-1](states("reward")[:, 0])}
+
+
 @dataclass(frozen=True)
 class LoopMutant:
     """A mistake of the loop; `run(True)` makes it, `run(False)` does not.
@@ -846,16 +972,16 @@ def change_loop(cell, old, new, mistake, test, error=AssertionError, **options):
     LOOP.append(LoopMutant(mistake, f"test_loop: {test.__name__[5:]}", run, error))
 
 
-def change_start(mistake, infect):
+def change_start(mistake, infect, begin=test_preflight.healthy):
     """A change of what PPO starts from, which the preflight must see."""
 
     def run(wrong):
-        start = test_preflight.healthy()
+        start = begin()
         if wrong:
             infect(start)
         test_preflight.check(start)
 
-    says = test_preflight.SICK[infect]
+    says = {**test_preflight.SICK, **test_preflight.SICK_ADAPTERS}[infect]
     LOOP.append(LoopMutant(mistake, "preflight", run, RuntimeError, says))
 
 
@@ -869,6 +995,17 @@ change_start("log-probs of another distribution", test_preflight.other_logprobs)
 change_start("reference is not the start", test_preflight.another_reference)
 change_start('response mask from "id == eos"', test_preflight.mask_by_id)
 change_start("a prompt that holds an EOS", test_preflight.eos_in_the_prompt)
+for mistake, infect in {
+    "PPO: scored under the policy's adapter": test_preflight.scored_under_the_policys,
+    "PPO: scored by the base": test_preflight.scored_by_the_base,
+    "PPO: scored under another adapter": test_preflight.another_adapter_scored,
+    "PPO: reference with the adapter on": test_preflight.reference_under_an_adapter,
+    "PPO: SFT not merged into the base": test_preflight.reference_under_what_was_learnt,
+    "PPO: the base is trained too": test_preflight.base_can_be_trained,
+    "PPO: the optimiser holds the base": test_preflight.optimiser_holds_the_base,
+    "PPO: the policy's adapter is off": test_preflight.adapter_is_off,
+}.items():
+    change_start(mistake, infect, test_preflight.on_one_base)
 
 
 def uneven_settings(wrong):

@@ -49,11 +49,11 @@ def score(ids, attention, mask):
     return raw, normalise_scores(raw, has_ended(ids, mask, EOS), 0.0, 1.0, -1.0)
 
 
-def collect(loop, policy, reference, seed=0, settings=SETTINGS, kl_coef=0.1):
-    """A rollout with its advantages."""
+def collect(loop, policy, reference, seed=0, settings=SETTINGS, kl_coef=0.1, by=score):
+    """A rollout with its advantages, scored by this function."""
     generator = torch.Generator().manual_seed(seed)
     rollout = loop["collect_rollout"](
-        policy, reference, score, PROMPTS * 8, EOS, settings, generator
+        policy, reference, by, PROMPTS * 8, EOS, settings, generator
     )
     return loop["ppo_advantages"](rollout, settings, kl_coef)
 

@@ -175,6 +175,52 @@ def test_merging_one_leaves_the_other_on_top():
     assert not any(p.requires_grad for k, p in model.named_parameters() if "base" in k)
 
 
+def test_one_layer_with_matrices_of_ones_own():
+    """2 x 2, alpha 6, rank 1: s = 6; merged by hand, for both ways to store W."""
+    W = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    A, B = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5], [0.0]])
+    linear, conv = nn.Linear(2, 2, bias=False), Conv1D(2, 2)
+    linear.weight.data, conv.weight.data = W.clone(), W.t().clone()
+    merged = torch.tensor([[1.0 + 3.0, 2.0 - 3.0], [0.0, 1.0]])
+    x = torch.tensor([[1.0, 3.0]])
+    for layer, stored in ((linear, merged), (conv, merged.t())):
+        assert torch.equal(lora.merged_weight(layer, A, B, 6), stored)
+        adapted = lora.adapted_layer(layer, A, B, 6)
+        assert adapted(x).tolist() == [[4.0 - 3.0, 3.0]]
+        assert layer(x).tolist() == [[7.0, 3.0]]  # it stays as it was
+
+
+def test_sharing_is_another_model_on_the_same_weights(model):
+    base = logits(model)
+    lora.add_adapter(model, "policy", rank=2)
+    lora.add_adapter(model, "reward", rank=3)
+    learn(model)
+    twins = {name: lora.sharing(model, name) for name in (None, "policy", "reward")}
+    lora.switch(model, None)  # which is nothing to the twins
+    for name, twin in twins.items():
+        with lora.using(model, name):
+            assert torch.equal(logits(model), logits(twin)), name
+        held = {p.data_ptr() for p in model.parameters()}
+        assert all(p.data_ptr() in held for p in twin.parameters())
+    assert torch.equal(logits(twins[None]), base)
+    assert lora.adapter_names(twins[None]) == []
+    assert lora.adapter_names(twins["policy"]) == ["policy"]
+    learn(model, seed=5)  # what the model learns, its twins show
+    with lora.using(model, "policy"):
+        assert torch.equal(logits(model), logits(twins["policy"]))
+    with pytest.raises(ValueError, match="no adapter 'sft'; it has policy, reward"):
+        lora.sharing(model, "sft")
+
+
+def test_another_adapter_stays_frozen_if_it_was():
+    model = lora.add_adapter(gpt2(), "reward", rank=2)
+    for key, weight in model.named_parameters():
+        weight.requires_grad_("nothing" in key)
+    lora.add_adapter(model, "policy", rank=2)
+    free = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert free and all(".adapters.policy." in key for key in free)
+
+
 def test_half_precision_weights_keep_their_type_and_the_adapter_its_own():
     model = lora.add_adapter(gpt2().bfloat16(), "one", rank=2)
     learn(model)
@@ -283,3 +329,32 @@ def test_a_is_drawn_as_a_linear_layer_is():
     assert adapter.lora_A.weight.abs().max() <= bound
     assert adapter.lora_A.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert not adapter.lora_B.weight.any()
+
+
+def test_nf4_has_the_published_levels():
+    """As printed in appendix E of the paper."""
+    below = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734]
+    below += [-0.0910500, 0.0]
+    above = [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170]
+    above += [0.7229568, 1.0]
+    assert lora.nf4_levels().tolist() == pytest.approx(below + above, abs=2e-7)
+
+
+def test_nf4_by_hand_and_the_nearest_of_all_levels():
+    x = torch.tensor([[2.0, -0.5, 0.3, 0.0], [-0.1, 0.1, 0.05, -0.03]])
+    codes, scales = lora.to_nf4(x, block=4)
+    assert scales.tolist() == pytest.approx([2.0, 0.1])
+    # -0.25 is nearest to -0.284, 0.15 to 0.161; 0.5 to 0.441 or 0.563: 0.441; -0.3
+    assert codes.tolist() == [[15, 4, 9, 7], [0, 15, 12, 4]]
+    torch.manual_seed(0)
+    x = torch.randn(6, 64)
+    codes, scales = lora.to_nf4(x)
+    levels = lora.nf4_levels()
+    near = (x[..., None] / scales[:, None, None] - levels).abs().argmin(dim=-1)
+    assert torch.equal(codes, near)
+    back = lora.from_nf4(codes, scales)
+    assert torch.equal(back, levels[near] * scales[:, None])
+    with pytest.raises(ValueError, match="10 numbers are no whole blocks of 64"):
+        lora.to_nf4(torch.zeros(10))
+    zeros = torch.zeros(64)
+    assert torch.equal(lora.from_nf4(*lora.to_nf4(zeros)), zeros)

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.mac import on_a_mac
 from tests.test_loop import SETTINGS, collect, guarded, score
 from tests.test_rollout import EOS, small_lm
+from utils import lora
 from utils import rollout as rollout_module
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.ppo import policy_loss
@@ -172,6 +173,129 @@ def test_a_sick_start_is_named_and_stopped(infect, capsys):
     assert "✗" in capsys.readouterr().out
 
 
+def give_numbers(lm, name, seed=1):
+    """An adapter that has learnt something, so that it shows whether it is on."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in lm.named_parameters():
+            if f".adapters.{name}.lora_B" in key:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+
+
+def reads(reward_model):
+    """A score as notebook 3's: what the reward model says, and its normalised."""
+
+    def score(ids, attention, mask):
+        raw = reward_model(ids, attention)
+        return raw, raw / 10
+
+    return score
+
+
+def on_one_base():
+    """Policy, reference and reward model on the weights of one model."""
+    lm = small_lm().float()
+    for name in ("reward", "policy"):
+        lora.add_adapter(lm, name, rank=2)
+    give_numbers(lm, "reward")
+    start = healthy()
+    start.lm = lm
+    start.policy = PolicyWithValueHead(lora.sharing(lm, "policy")).eval()
+    start.reference = freeze(lora.sharing(lm, None))
+    trunk = lora.sharing(lm, "reward").base_model
+    start.reward_model = freeze(RewardModel(trunk).float())
+    start.optimizer = guarded(start.policy, adapters_only(start.policy))
+    start.rollout = collect(
+        loop(), start.policy, start.reference, by=reads(start.reward_model)
+    )
+    return start
+
+
+def adapters_only(policy):
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-3, eps=1e-5)
+
+
+def test_one_base_with_adapters_gets_a_tick_on_every_line(tmp_path, capsys):
+    start = on_one_base()
+    start.reward_folder = healthy(tmp_path).reward_folder
+    check(start)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16 and all(line.startswith("✓") for line in lines)
+    memory = next(line for line in lines if "enough memory" in line)
+    assert "about 0.00 GiB needed" in memory
+
+
+def scored_under_the_policys(start):
+    trunk = lora.sharing(start.lm, "policy").base_model
+    head, start.reward_model = start.reward_model.head, RewardModel(trunk).float()
+    start.reward_model.head = head
+    start.reward_model.eval()
+    start.rollout.raw_scores = start.reward_model(
+        start.rollout.input_ids, start.rollout.attention_mask
+    ).detach()
+
+
+def scored_by_the_base(start):
+    start.reward_model.trunk = freeze(lora.sharing(start.lm, None).base_model)
+
+
+def another_adapter_scored(start):
+    """The scores of the rollout are not those of the reward adapter."""
+    other = RewardModel(lora.sharing(start.lm, None).base_model).float()
+    other.head = start.reward_model.head
+    ids, attention = start.rollout.input_ids, start.rollout.attention_mask
+    start.rollout.raw_scores = other(ids, attention).detach()
+
+
+def reference_under_an_adapter(start):
+    """Which is fresh, and so gives a KL of 0: only its weights tell."""
+    start.reference = lora.sharing(start.lm, "policy").eval()
+
+
+def reference_under_what_was_learnt(start):
+    """SFT's adapter, not merged: with adapters off, the pre-trained model is left."""
+    give_numbers(start.lm, "policy")
+    start.reference = freeze(lora.sharing(start.lm, "reward"))
+    give_numbers(start.lm, "reward", seed=1)
+    start.rollout = collect(
+        loop(), start.policy, start.reference, by=reads(start.reward_model)
+    )
+
+
+def base_can_be_trained(start):
+    start.policy.lm.get_input_embeddings().requires_grad_(True)
+
+
+def optimiser_holds_the_base(start):
+    start.optimizer = guarded(start.policy)
+
+
+def adapter_is_off(start):
+    lora.switch(start.policy.lm, None)
+
+
+SICK_ADAPTERS = {
+    scored_under_the_policys: "reward model shares weights with the policy",
+    scored_by_the_base: "the reward model stands on the policy's base and no adapter",
+    another_adapter_scored: "a score of the rollout is .* off what the reward model",
+    reference_under_an_adapter: "the reference can be trained; .* shares weights",
+    reference_under_what_was_learnt: "with its adapters off the policy is up to",
+    base_can_be_trained: "transformer.wte.weight of the base can be trained",
+    optimiser_holds_the_base: "and holds 28 of another model",
+    adapter_is_off: "policy can be trained in the policy; .* which is on",
+}
+
+
+@pytest.mark.parametrize("infect", SICK_ADAPTERS)
+def test_a_sick_start_with_adapters_is_named_and_stopped(infect, capsys):
+    start = on_one_base()
+    infect(start)
+    with pytest.raises(RuntimeError, match=SICK_ADAPTERS[infect]):
+        check(start)
+    assert "✗" in capsys.readouterr().out
+
+
 def with_prompts(*prompts):
     """A healthy start whose first rollout answers these."""
     start = healthy()
@@ -252,7 +376,8 @@ def test_the_memory_is_an_upper_estimate(layers, size, words):
 def test_gpt2_fits_a_t4():
     config = SimpleNamespace(num_hidden_layers=12, hidden_size=768, vocab_size=50257)
     weights = [torch.empty(124_000_000, device="meta")]
-    lm = SimpleNamespace(config=config)
+    lm = torch.nn.Module()
+    lm.config = config
     policy = SimpleNamespace(lm=lm, parameters=lambda: iter(weights))
     assert 4 < memory_needed(policy, FULL) / GIB < 10
 

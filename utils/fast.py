@@ -34,8 +34,10 @@ class _LinearLogprobs(torch.autograd.Function):
         grad, scale = grad.unsqueeze(1), (-grad / total).unsqueeze(1)
         # p = exps / total, and the division is made where it is small: (N, d)
         grad_hidden = grad * weight[labels] + scale * torch.mm(exps.t(), weight)
-        grad_weight = torch.mm(exps, scale * hidden)
-        grad_weight.index_add_(0, labels, grad * hidden)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not under an adapter: the weight is frozen
+            grad_weight = torch.mm(exps, scale * hidden)
+            grad_weight.index_add_(0, labels, grad * hidden)
         return grad_hidden, grad_weight, None
 
 

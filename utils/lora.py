@@ -8,15 +8,18 @@ B starts at 0, so a fresh adapter changes nothing at all. A model may hold sever
 adapters by name, of which one or none is on. The files are those of PEFT.
 """
 
+import copy
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from utils.ppo import token_logprobs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in PEFT's file
@@ -59,6 +62,34 @@ def _stores_transposed(layer) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
+def adapted_layer(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> nn.Module:
+    """A layer W x that gives W x + (alpha / r) B A x, for A (r, in) and B (out, r).
+
+    `layer` is an `nn.Linear` or GPT-2's `Conv1D`, and stays as it is. What
+    `add_adapter` does to each layer, with matrices of one's own.
+    """
+    (rank, size_in), size_out = A.shape, B.shape[0]
+    adapter = Adapter(size_in, size_out, rank, alpha / rank, layer.weight)
+    adapter.lora_A.weight, adapter.lora_B.weight = nn.Parameter(A), nn.Parameter(B)
+    adapted = AdaptedLayer(layer)
+    adapted.adapters["own"], adapted.on = adapter, "own"
+    return adapted
+
+
+def merged_weight(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """W + (alpha / r) B A as the layer stores it: (out, in), or `Conv1D`'s (in, out).
+
+    Added up in float32 at least, and rounded to the weight's type.
+    """
+    weight = layer.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        update = alpha / len(A) * (B.to(dtype) @ A.to(dtype))
+    if _stores_transposed(layer):
+        update = update.t()
+    return (weight.to(dtype) + update).to(weight.dtype)
+
+
 def _sizes(layer) -> tuple[int, int]:
     size_out, size_in = layer.weight.shape
     return (size_out, size_in) if _stores_transposed(layer) else (size_in, size_out)
@@ -98,7 +129,8 @@ def add_adapter(
     linear layer but the projection to the vocabulary. s = alpha / r, or alpha / sqrt(r)
     if `rank_stabilised` (Kalajdzievski 2023, arXiv 2312.03732). A is drawn as PyTorch
     draws a linear layer, B is 0 (arXiv 2106.09685, section 4.1). Only adapters can be
-    trained afterwards; adapters that were there stay as they are. Returns the model.
+    trained afterwards; those that were there stay as they are, frozen or not. Returns
+    the model.
     Raises ValueError for a rank below 1, a name that is taken or has a dot, or a target
     that no layer's name ends in.
     """
@@ -117,7 +149,9 @@ def add_adapter(
                 f"no layer is called {target!r}; take targets from {', '.join(ends)}"
             )
     chosen = [k for k in layers if targets is None or _ends_in(k, targets)]
-    model.requires_grad_(False)
+    for key, weight in model.named_parameters():
+        if ".adapters." not in key:
+            weight.requires_grad_(False)
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
     for layer in chosen:
         place = model.get_submodule(layer)
@@ -126,8 +160,6 @@ def add_adapter(
             model.set_submodule(layer, place)
         adapter = Adapter(*_sizes(place.base), rank, scale, place.base.weight)
         place.adapters[name] = adapter.train(model.training)
-    for layer in _adapted(model).values():
-        layer.adapters.requires_grad_(True)
     switch(model, name)
     return model
 
@@ -172,13 +204,48 @@ def using(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
             layer.on = on
 
 
-def _update(layer: AdaptedLayer, name: str) -> Tensor:
-    """s B A in float32, in the shape of the layer's weight."""
-    adapter = layer.adapters[name]
-    with torch.autocast(adapter.lora_A.weight.device.type, enabled=False):
-        update = adapter.lora_B.weight.float() @ adapter.lora_A.weight.float()
-    update = adapter.scale * update
-    return update.t() if _stores_transposed(layer.base) else update
+def sharing(model: nn.Module, name: str | None) -> nn.Module:
+    """Another model on the very same weights: `model` under this adapter, or none.
+
+    Its modules are its own and its tensors are not, so it takes no memory and always
+    shows what `model` has learnt. It holds this adapter alone, which is on; for None,
+    it is the plain base. So code that asks for two models can be given one twice.
+    Raises ValueError if the model has no adapter of this name.
+    """
+    if name is not None:
+        _check_known(model, name)
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for path, layer in _adapted(twin).items():
+        if name in layer.adapters:
+            layer.adapters = nn.ModuleDict({name: layer.adapters[name]})
+            layer.on = name
+        else:
+            twin.set_submodule(path, layer.base)
+    return twin
+
+
+def read_one_base(
+    states: Callable,
+    labels: Tensor,
+    vocabulary: Tensor,
+    value_head: Callable,
+    reward_head: Callable,
+) -> dict[str, Tensor]:
+    """What PPO reads of texts from one base, each number under its own adapter.
+
+    `states(name)` (B, T, d) are the hidden states that predict `labels` (B, T), under
+    the adapter `name`, or with all of them off for None; `vocabulary` (V, d). Returns
+    logprobs and values, under the adapter "policy"; ref_logprobs, with all off; and
+    scores (B,), read at the last state, under the adapter "reward".
+    """
+    policy, base, reward = states("policy"), states(None), states("reward")
+    return {
+        "logprobs": token_logprobs(policy @ vocabulary.t(), labels),
+        "values": value_head(policy),
+        "ref_logprobs": token_logprobs(base @ vocabulary.t(), labels),
+        "scores": reward_head(reward[:, -1]),
+    }
 
 
 @torch.no_grad()
@@ -191,8 +258,10 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     _check_known(model, name)
     for path, layer in _adapted(model).items():
         if name in layer.adapters:
-            weight = layer.base.weight
-            weight.copy_((weight.float() + _update(layer, name)).to(weight.dtype))
+            adapter = layer.adapters[name]
+            A, B = adapter.lora_A.weight, adapter.lora_B.weight
+            alpha = adapter.scale * len(A)
+            layer.base.weight.copy_(merged_weight(layer.base, A, B, alpha))
             del layer.adapters[name]
             layer.on = None if layer.on == name else layer.on
         if not layer.adapters:
@@ -200,6 +269,42 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     if not _adapted(model):
         model.requires_grad_(True)
     return model
+
+
+def nf4_levels() -> Tensor:
+    """The 16 numbers of NF4, from -1 to 1, in order (arXiv 2305.14314, appendix E).
+
+    Quantiles of a normal distribution, seven below 0 and eight above it, so that each
+    is used about as often; divided by the largest.
+    """
+    most = 0.9677083  # the probability below the largest: as in bitsandbytes
+    above = torch.special.ndtri(torch.linspace(most, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(most, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+    return (levels.sort().values / above.max()).float()
+
+
+def to_nf4(x: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Numbers as 4 bits each: codes 0 to 15 in the shape of x, and a scale per block.
+
+    Of `block` numbers in a row the largest in size is their scale; each is divided by
+    it, and the nearest of `nf4_levels` is its code. Raises ValueError if the blocks do
+    not come out even.
+    """
+    if x.numel() % block:
+        raise ValueError(f"{x.numel()} numbers are no whole blocks of {block}")
+    rows = x.detach().float().reshape(-1, block)
+    scales = rows.abs().amax(dim=1)
+    levels = nf4_levels().to(x.device)
+    middles = (levels[1:] + levels[:-1]) / 2  # nearer to the one above from here on
+    codes = torch.bucketize(rows / scales.clamp(min=1e-12)[:, None], middles)
+    return codes.view(x.shape), scales
+
+
+def from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The numbers that codes and scales of `to_nf4` stand for."""
+    rows = nf4_levels().to(scales)[codes].reshape(len(scales), -1)
+    return (rows * scales[:, None]).view(codes.shape)
 
 
 def save_adapter(model: nn.Module, name: str, folder):

@@ -259,6 +259,46 @@ def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
 
 
 @_described
+def plot_ranks(shares: dict[str, torch.Tensor], enough: float = 0.9):
+    """The share of each update that its first ranks hold, and where it is enough.
+
+    By name: the shares of the first, the first two, ... singular values, squared.
+    """
+    figure, axis = _axes(1, 1, width=6, height=3.2)
+    colours = (BLUE, RED, GREEN, GREY)
+    for (name, share), colour in zip(shares.items(), colours, strict=False):
+        ranks = range(1, len(share) + 1)
+        axis.plot(ranks, share, color=colour, label=name)
+    axis.axhline(enough, color="k", linestyle="--", linewidth=1)
+    axis.annotate(f"{enough:.0%}", (1, enough + 0.015))
+    axis.set(xlabel="rank", ylabel="share of the update", ylim=(0, 1.05))
+    axis.legend(frameon=False)
+    return figure
+
+
+@_described
+def plot_memory(found: dict[str, dict[str, float]], line: float = 0):
+    """What each way keeps in memory, in MiB, as stacked bars, and one model's weights.
+
+    By way and part: bytes. `line` is the weights of one model, dashed.
+    """
+    figure, axis = _axes(1, 1, width=7.5, height=3.2)
+    parts = list(next(iter(found.values())))
+    names, left = list(found), [0.0] * len(found)
+    colours = (BLUE, RED, GREY, GREEN)
+    for part, colour in zip(parts, colours, strict=True):
+        sizes = [one[part] / 2**20 for one in found.values()]
+        axis.barh(names, sizes, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axis.bar_label(axis.containers[-1], [f"{x:.1f}" for x in left], padding=3)
+    axis.axvline(line / 2**20, color="k", linestyle="--", linewidth=1)
+    axis.set(xlabel="MiB (dashed: the weights of one model)", xlim=(0, 1.1 * max(left)))
+    axis.invert_yaxis()
+    axis.legend(frameon=False)
+    return figure
+
+
+@_described
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 

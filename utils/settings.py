@@ -114,6 +114,7 @@ class Settings:
     time_machine_prompts: int = setting(6, ("policy",), least=0)
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
     race_rollouts: int = setting(0, NOTHING, least=0)  # of each estimator; 0: none
+    adapter_rollouts: int = setting(0, NOTHING, least=0)  # in each layout; 0: none
     best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
     checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
     # Where a run can be watched: tensorboard, wandb or trackio; empty: nowhere else
@@ -220,6 +221,7 @@ TINY = Settings(
     possible_samples=64,
     frontier_rollouts=10,
     race_rollouts=10,
+    adapter_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
 

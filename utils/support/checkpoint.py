@@ -90,7 +90,7 @@ def _state_of(part):
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, nn.Module):  # each weight once, also where two names share it
-        return dict(part.named_parameters())
+        return {k: p for k, p in part.named_parameters() if p.requires_grad}
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
@@ -101,7 +101,8 @@ def _put_back(run, name, state):
         part.set_state(state)
     elif isinstance(part, nn.Module):
         for key, parameter in part.named_parameters():
-            parameter.copy_(state[key])
+            if parameter.requires_grad:
+                parameter.copy_(state[key])
     elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
     else:
@@ -153,10 +154,11 @@ class Checkpoint:
 
     `run` is an object whose attributes are all that training changes: `policy`, others
     with a state (optimiser, schedule, generator), and plain records, of which
-    `history` has an entry for each rollout. It depends on `code`, functions that count
-    with all that they call, and on `inputs`, by name: models, whose weights count, and
-    plain values. A saved run is taken up only if these and the settings are the same,
-    so that it never hides an edit.
+    `history` has an entry for each rollout. What is frozen in the policy, the base of
+    an adapter, is not saved. The run depends on `code`, functions that count with all
+    that they call, and on `inputs`, by name: models, whose weights count, and plain
+    values. A saved run is taken up only if these and the settings are the same, so that
+    it never hides an edit.
     """
 
     def __init__(self, run, settings, code: tuple, inputs: dict):

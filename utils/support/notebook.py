@@ -24,6 +24,7 @@ NOTEBOOKS = {  # in the order of the lessons, by number
     "3": "3-RLHF.ipynb",
     "4": "more/4-Estimators.ipynb",
     "6": "more/6-Frontier.ipynb",
+    "7": "more/7-Adapters.ipynb",
     "9": "more/9-Use It.ipynb",
 }
 MEANT_FOR_PEOPLE = (torch.OutOfMemoryError, KeyboardInterrupt)

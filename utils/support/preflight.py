@@ -13,6 +13,7 @@ import torch
 
 from utils.data import load_tokenizer, tokens_in_front
 from utils.inputs import check_context
+from utils.lora import adapter_names, using
 from utils.models import load_causal_lm, load_config
 from utils.practice import tiny_world
 from utils.rollout import evaluate_responses, in_pieces, response_logprobs
@@ -124,8 +125,16 @@ def _frozen(models):
     return not loose, f"the {' and '.join(loose)} can be trained; freeze() it"
 
 
+def _trained(policy):
+    """What PPO changes: all weights, or under an adapter those that are not frozen."""
+    weights = list(policy.parameters())
+    if adapter_names(policy.lm):
+        weights = [p for p in weights if p.requires_grad]
+    return weights
+
+
 def _not_shared(models):
-    trained = {p.data_ptr() for p in models["policy"].parameters()}
+    trained = {p.data_ptr() for p in _trained(models["policy"])}
     shared = [
         name
         for name in ("reference", "reward model")
@@ -138,7 +147,7 @@ def _not_shared(models):
 def _optimised(policy, optimizer):
     groups = optimizer.optimizer.param_groups
     held = {id(p) for group in groups for p in group["params"]}
-    wanted = {id(p) for p in policy.parameters()}
+    wanted = {id(p) for p in _trained(policy)}
     missing, foreign = len(wanted - held), len(held - wanted)
     remedy = (
         f"the optimiser lacks {missing} of the policy's tensors and holds {foreign} "
@@ -205,6 +214,82 @@ def _one_eos(rollout, tokenizer, max_new_tokens):
     return bool(good), remedy
 
 
+def _base(policy, reference, rollout, settings):
+    """Whether the reference is the policy's base to the last bit, all adapters off."""
+    size, temperature = settings.ppo_micro_batch_size, settings.temperature
+
+    def read(lm):
+        def logprobs(*texts):
+            return response_logprobs(lm, *texts, temperature)
+
+        return in_pieces(logprobs, size, *rollout.texts)
+
+    with using(policy.lm, None):
+        off = (read(policy.lm) - read(reference)).abs().max().item()
+    remedy = (
+        f"with its adapters off the policy is up to {off:.0e} nats off the reference; "
+        "merge what was trained before PPO into the base, and let the reference be "
+        "sharing(lm, None)"
+    )
+    return off == 0, remedy
+
+
+def _frozen_base(policy):
+    """Whether of the policy's language model only adapters can be trained."""
+    names = [n for n, p in policy.lm.named_parameters() if p.requires_grad]
+    loose = [name for name in names if ".adapters." not in name]
+    if loose:
+        return False, f"{loose[0]} of the base can be trained; freeze it"
+    of = {name.split(".adapters.")[1].split(".")[0] for name in names}
+    remedy = (
+        f"{' and '.join(sorted(of)) or 'no adapter'} can be trained in the policy; "
+        "let that be one adapter, which is on"
+    )
+    on = {m.on for m in policy.lm.modules() if hasattr(m, "adapters")} - {None}
+    return len(of) == 1 and on == of, remedy
+
+
+def _reward_adapter(policy, reward_model, rollout, settings):
+    """Whether scores are read under the adapter that the reward model was made with."""
+    shared = {p.data_ptr() for p in policy.lm.parameters() if not p.requires_grad}
+    trunk = reward_model.trunk
+    layers = [m for m in trunk.modules() if hasattr(m, "adapters")]
+    if any(p.data_ptr() in shared for p in trunk.parameters()):
+        on = {layer.on for layer in layers} - {None}
+        if not on:
+            return False, (
+                "the reward model stands on the policy's base and no adapter of its "
+                'own is on; take the trunk of sharing(lm, "reward")'
+            )
+    again = in_pieces(
+        reward_model,
+        settings.ppo_micro_batch_size,
+        rollout.input_ids,
+        rollout.attention_mask,
+    )
+    off = (again - rollout.raw_scores).abs().max().item()
+    # Another adapter changes logits far more than half precision does
+    bound = HALF_PRECISION_BOUND * max(1.0, again.abs().max().item())
+    return off <= bound, (
+        f"a score of the rollout is {off:.0e} off what the reward model says of the "
+        "same text; let it be read under the reward adapter"
+    )
+
+
+def _of_adapters(policy, reference, reward_model, rollout, settings):
+    """What holds besides, where the policy is an adapter on a frozen base."""
+    if not adapter_names(policy.lm):
+        return {}
+    with autocast(settings, rollout.mask.device):
+        same = _base(policy, reference, rollout, settings)
+        scored = _reward_adapter(policy, reward_model, rollout, settings)
+    return {
+        "of the base nothing can be trained": _frozen_base(policy),
+        "the reference is the base, exactly": same,
+        "scores are read under the reward model's adapter": scored,
+    }
+
+
 def _device(policy, device):
     off = device_error(copy.deepcopy(policy.lm), device)
     remedy = (
@@ -217,8 +302,8 @@ def _device(policy, device):
 def memory_needed(policy, settings) -> float:
     """What PPO needs beside the loaded models, in bytes: an estimate from above.
 
-    A gradient and AdamW's two moments for each weight of the policy; and the larger of
-    the key-value cache of a rollout, and the update of a micro-batch: what GPT-2's
+    A gradient and AdamW's two moments for each weight that is trained; and the larger
+    of the key-value cache of a rollout, and the update of a micro-batch: what GPT-2's
     trunk keeps for the backward pass, 16 numbers for each token, layer and dimension
     (counted with torch.autograd.graph.saved_tensors_hooks), one tensor of logits, and
     two gradients of the size of the vocabulary. Numbers of 4 bytes throughout.
@@ -230,7 +315,7 @@ def memory_needed(policy, settings) -> float:
     rows = settings.ppo_micro_batch_size
     activations = rows * tokens * size * (16 * layers + 4)
     logits = (rows * settings.max_new_tokens + 2 * size) * config.vocab_size
-    weights = sum(p.numel() for p in policy.parameters())
+    weights = sum(p.numel() for p in _trained(policy))
     return 4 * (3 * weights + max(cache, activations + logits))
 
 
@@ -298,6 +383,7 @@ def preflight(
             rollout, tokenizer, settings.max_new_tokens
         ),
         f"there is enough memory ({found})": (enough, lower),
+        **_of_adapters(policy, reference, reward_model, rollout, settings),
     }
     if device.type == "mps":
         results["the device computes what the CPU does"] = _device(policy, device)

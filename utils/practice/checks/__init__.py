@@ -20,6 +20,11 @@ from utils.practice.checks.estimators import (
     check_grpo_loss,
     check_rloo_advantages,
 )
+from utils.practice.checks.lora import (
+    check_adapted_layer,
+    check_merged_weight,
+    check_read_one_base,
+)
 from utils.practice.checks.losses import check_policy_loss, check_value_loss
 from utils.practice.checks.models import (
     check_evaluate_responses,
@@ -51,4 +56,7 @@ __all__ = [
     "check_grpo_loss",
     "check_bradley_terry_loss",
     "check_dpo_loss",
+    "check_adapted_layer",
+    "check_merged_weight",
+    "check_read_one_base",
 ]
