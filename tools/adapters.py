@@ -1,11 +1,11 @@
 """PPO with adapters in the tiny world: `python -m tools.adapters`.
 
 The layouts are those of `more/7-Adapters.ipynb`, which shows what this command
-measures. A small search chooses the learning rate of the policy's adapter; then come
-three seeds of the one-base layout at each rank, and of the two other layouts. It takes
-the SFT model and the reward model of `runs/tiny`, trains the two reward adapters, and
-writes `docs/adapters.json`. Full fine-tuning, to compare with, is PPO in
-`docs/race.json`.
+measures: a small search for the learning rate of the policy's adapter, then three seeds
+of each rank and layout. It takes the SFT model and the reward model of `runs/tiny`,
+trains the reward adapters, and writes `docs/adapters.json` after each run; what stands
+there is not run again (delete the file to begin anew). Full fine-tuning, to compare
+with, is PPO in `docs/race.json`.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from utils.support.preflight import prepare
 
 RESULTS = "docs/adapters.json"
 LESSON = "more/7-Adapters.ipynb"
-RATES, SEARCH_SEED, SEEDS = (5e-4, 1e-3), 100, range(3)
-# (layout, rank), the one that is searched first
-RACED = ((2, 16), (2, 1), (2, 4), (3, 16), (1, 16))
+RATES, SEARCH_SEED, SEEDS = (1e-3, 2e-3), 100, range(3)
+SEARCHED = (3, 16)  # layout and rank
+RACED = ((3, 16), (2, 16), (3, 1), (3, 4), (1, 16))
 MODELS = ("load", "prompts", "prompts-of", "score", "score-function")
 CELLS = ("reward-adapter", "reward-on", "build", "score-by")
 CELLS += ("fresh-adapter-run", "train-in")
@@ -43,6 +43,7 @@ def lessons() -> tuple[SimpleNamespace, SimpleNamespace]:
     cells = (*MODELS, *LOOP, "judges", "evaluate")
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
     seven = import_cells(LESSON, *CELLS, names={**names, "lesson3": three})
+    three.possible = three.reference_scores(three.held_out, settings.possible_samples)
     return three, SimpleNamespace(**seven)
 
 
@@ -51,10 +52,52 @@ def measure(three, seven, layout, rank, seed, rate) -> dict:
     own = dataclasses.replace(three.settings, seed=seed, ppo_lr=rate)
     run, *_ = seven.train_in(layout, rank, own)
     figures, _ = three.evaluate(run.policy, show_progress=False)
-    figures |= gain_in_objective(
-        figures["score"], figures["kl"], three.possible, own.kl_coef
-    )
+    means = figures["score"], figures["kl"]
+    figures |= gain_in_objective(*means, three.possible, own.kl_coef)
     return {**figures, "seconds": run.seconds}
+
+
+def reward_adapters(three, seven) -> dict:
+    """How often each reward adapter is right; trained and saved as notebook 7 does."""
+    bases = {
+        "on-the-sft-model": three.sft_folder,
+        "on-the-pretrained": three.settings.model_name,
+    }
+    return {
+        name: seven.train_reward_adapter(base, seven.ADAPTERS / name)
+        for name, base in bases.items()
+    }
+
+
+def name_of(layout, rank) -> str:
+    """What a row of the results is called."""
+    return f"layout {layout}, rank {rank}"
+
+
+def measure_all(found: dict, write, bar):
+    """Add to `found` what is not in it yet; `write()` after each run."""
+    three, seven = lessons()
+    if "reward accuracy" not in found:
+        found["reward accuracy"] = reward_adapters(three, seven)
+    bar.update()
+    search = found.setdefault("search", {})
+    for rate in RATES:
+        if f"{rate:g}" not in search:
+            run = measure(three, seven, *SEARCHED, SEARCH_SEED, rate)
+            search[f"{rate:g}"] = run["share"]
+            write()
+        bar.update()
+    found["rate"] = float(max(search, key=search.get))
+    layouts = found.setdefault("layouts", {})
+    for layout, rank in RACED:
+        runs = layouts.setdefault(name_of(layout, rank), {})
+        for i, seed in enumerate(SEEDS):
+            if len(runs.get("score", ())) == i:
+                one = measure(three, seven, layout, rank, seed, found["rate"])
+                for figure, values in by_seed([one]).items():
+                    runs.setdefault(figure, []).extend(values)
+                write()
+            bar.update()
 
 
 def main(argv=None):
@@ -66,41 +109,15 @@ def main(argv=None):
     parser.parse_args(argv)
     find_artefacts(TINY, "sft", "reward_model")
     torch.set_num_threads(1)
-    bar = tqdm(total=2 + len(RATES) + len(RACED) * len(SEEDS), file=sys.stderr)
-    with contextlib.redirect_stdout(io.StringIO()):  # the lessons' own bars
-        write_text(ROOT / RESULTS, json.dumps(rounded(found(bar))) + "\n")
-
-
-def found(bar) -> dict:
-    """All that is measured, with a step of the bar for each run."""
-    three, seven = lessons()
-    settings = three.settings
-    bases = {
-        "on-the-pretrained": settings.model_name,
-        "on-the-sft-model": three.sft_folder,
-    }
-    accuracy = {}
-    for name, base in bases.items():
-        accuracy[name] = seven.train_reward_adapter(base, seven.ADAPTERS / name)
-        bar.update()
-    three.possible = three.reference_scores(three.held_out, settings.possible_samples)
-    search = {}
-    for rate in RATES:
-        search[rate] = measure(three, seven, *RACED[0], SEARCH_SEED, rate)["share"]
-        bar.update()
-    rate, layouts = max(search, key=search.get), {}
-    for layout, rank in RACED:
-        runs = []
-        for seed in SEEDS:
-            runs.append(measure(three, seven, layout, rank, seed, rate))
-            bar.update()
-        layouts[f"layout {layout}, rank {rank}"] = by_seed(runs)
-    return {
-        "rate": rate,
-        "search": {f"{rate:g}": share for rate, share in search.items()},
-        "reward accuracy": accuracy,
-        "layouts": layouts,
-    }
+    path = ROOT / RESULTS
+    found = json.loads(path.read_text("utf8")) if path.exists() else {}
+    total = 1 + len(RATES) + len(RACED) * len(SEEDS)
+    with (
+        tqdm(total=total, file=sys.stderr) as bar,
+        contextlib.redirect_stdout(io.StringIO()),  # the lessons' own bars
+    ):
+        measure_all(found, lambda: write_text(path, json.dumps(rounded(found))), bar)
+    write_text(path, json.dumps(rounded(found)) + "\n")
 
 
 if __name__ == "__main__":
