@@ -3,10 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import re
 
+import nbformat
 import pytest
 import torch
 
+from tests.conftest import run_series
 from tests.test_checkpoint import SETTINGS as LONG
 from tests.test_preflight import give_numbers, reads
 from tests.test_rollout import EOS, PROMPTS, small_lm
@@ -124,3 +127,32 @@ def test_an_interrupted_run_ends_where_it_would_have_from_a_small_file(
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(fresh(ids).logits, whole.policy(ids).logits)
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_in_every_layout(series, tmp_path):
+    """With two rollouts each; the reward adapters are as good as they can be."""
+    folder, _ = series
+    runs = tmp_path / "runs" / "tiny"
+    runs.mkdir(parents=True)
+    for name in ("sft", "reward_model"):
+        (runs / name).symlink_to(folder / name)
+    few = ("--only", "7", "--set", "adapter_rollouts=2")
+    done = run_series(*few, RLHF_RUNS_DIR=str(runs.parent))
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = nbformat.read(runs / "7-Adapters.ipynb", as_version=4).cells
+    said = {
+        cell.id: "".join(output.get("text", "") for output in cell.outputs)
+        for cell in cells
+        if cell.cell_type == "code"
+    }
+    accuracy = re.findall(r": ([\d.]+)% of the held-out labels", said["reward-train"])
+    assert len(accuracy) == 2 and min(map(float, accuracy)) > 85
+    assert said["preflight"].count("✓") == 16 and "✗" not in said["preflight"]
+    same, of = re.search(r"(\d+) of (\d+) tensors", said["unmoved"]).groups()
+    assert same == of
+    off = re.findall(r"off by (\S+)", said["readings-real"])
+    assert len(off) == 4 and max(map(float, off)) < 1e-3
+    kept = re.findall(r"without activations ([\d.]+)", said["memory-plot"])
+    full, one, two, three = map(float, kept)
+    assert two < min(one, three) and max(one, three) < full

@@ -44,7 +44,7 @@ def learn(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if "lora_B" in key:
+            if "lora_B" in key or "embedding_A" in key:
                 weight.copy_(torch.randn(weight.shape, generator=generator))
     return model
 
@@ -221,6 +221,38 @@ def test_another_adapter_stays_frozen_if_it_was():
     assert free and all(".adapters.policy." in key for key in free)
 
 
+def test_an_adapter_beside_the_embedding():
+    """Word 5 gets s B A_5 more; the projection to the vocabulary stays as it is."""
+    model, everything = gpt2(), ["wte", "c_attn"]
+    before = logits(model)
+    lora.add_adapter(model, "one", rank=2, alpha=6, targets=everything)
+    assert torch.equal(logits(model), before)
+    wte = model.transformer.wte
+    A, B = wte.adapters["one"].parameters()
+    with torch.no_grad():
+        A.copy_(torch.arange(46.0).view(2, 23) / 50)
+    added = (wte(IDS) - wte.base(IDS))[0, 5]
+    assert added.tolist() == pytest.approx((3 * B @ A[:, IDS[0, 5]]).tolist(), rel=1e-4)
+    assert model.lm_head.weight is wte.base.weight
+    assert (logits(model) - before).abs().max() > 1e-2
+    with lora.using(model, None):
+        assert torch.equal(logits(model), before)
+    with pytest.raises(
+        ValueError, match="transformer.wte has one weight with the proj"
+    ):
+        lora.merge_adapter(model, "one")
+
+
+def test_an_embedding_of_its_own_is_merged():
+    model = lora.add_adapter(llama(), "one", rank=2, targets=["embed_tokens"])
+    with torch.no_grad():
+        next(iter(model.model.embed_tokens.adapters["one"].parameters())).normal_()
+    wanted = logits(model)
+    lora.merge_adapter(model, "one")
+    assert (logits(model) - wanted).abs().max() <= 1e-5
+    assert not lora.adapter_names(model)
+
+
 def test_half_precision_weights_keep_their_type_and_the_adapter_its_own():
     model = lora.add_adapter(gpt2().bfloat16(), "one", rank=2)
     learn(model)
@@ -233,7 +265,10 @@ def test_half_precision_weights_keep_their_type_and_the_adapter_its_own():
 
 def test_files_there_and_back(model, tmp_path):
     other = copy.deepcopy(model)
-    learn(lora.add_adapter(model, "one", rank=4, alpha=12, rank_stabilised=True))
+    wte = "wte" if isinstance(model, GPT2LMHeadModel) else "embed_tokens"
+    targets = [wte, "c_fc" if wte == "wte" else "o_proj"]
+    options = {"targets": targets, "rank_stabilised": True}
+    learn(lora.add_adapter(model, "one", rank=4, alpha=12, **options))
     lora.save_adapter(model, "one", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [lora.CONFIG, lora.WEIGHTS]
     lora.load_adapter(other, "another", tmp_path)
@@ -243,13 +278,17 @@ def test_files_there_and_back(model, tmp_path):
 def test_peft_reads_ours_and_we_read_its(model, tmp_path):
     peft = pytest.importorskip("peft")
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    learn(lora.add_adapter(ours, "one", rank=4, alpha=12))
+    wte = "wte" if isinstance(model, GPT2LMHeadModel) else "embed_tokens"
+    some = [wte, "c_attn", "c_fc"] if wte == "wte" else [wte, "q_proj", "o_proj"]
+    learn(lora.add_adapter(ours, "one", rank=4, alpha=12, targets=some))
     lora.save_adapter(ours, "one", tmp_path / "ours")
     found = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours")
     assert (logits(found) - logits(ours)).abs().max() <= 1e-6
     options = {"fan_in_fan_out": isinstance(model, GPT2LMHeadModel)}
     targets = ["c_attn", "c_fc"] if options["fan_in_fan_out"] else ["q_proj", "up_proj"]
     for stabilised in (False, True):
+        if stabilised:  # an embedding besides
+            targets.append("wte" if options["fan_in_fan_out"] else "embed_tokens")
         config = peft.LoraConfig(
             r=3, lora_alpha=6, target_modules=targets, use_rslora=stabilised, **options
         )

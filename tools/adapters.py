@@ -1,11 +1,10 @@
 """PPO with adapters in the tiny world: `python -m tools.adapters`.
 
 The layouts are those of `more/7-Adapters.ipynb`, which shows what this command
-measures: a small search for the learning rate of the policy's adapter, then three seeds
-of each rank and layout. It takes the SFT model and the reward model of `runs/tiny`,
-trains the reward adapters, and writes `docs/adapters.json` after each run; what stands
-there is not run again (delete the file to begin anew). Full fine-tuning, to compare
-with, is PPO in `docs/race.json`.
+measures: three seeds of each rank and layout. It takes the SFT model and the reward
+model of `runs/tiny`, trains the reward adapters, and writes `docs/adapters.json` after
+each run; what stands there is not run again (delete the file to begin anew). Full
+fine-tuning, to compare with, is PPO in `docs/race.json`.
 """
 
 import argparse
@@ -28,9 +27,9 @@ from utils.support.preflight import prepare
 
 RESULTS = "docs/adapters.json"
 LESSON = "more/7-Adapters.ipynb"
-RATES, SEARCH_SEED, SEEDS = (1e-3, 2e-3), 100, range(3)
-SEARCHED = (3, 16)  # layout and rank
-RACED = ((3, 16), (2, 16), (3, 1), (3, 4), (1, 16))
+# The better of 1e-3 and 2e-3 on seed 100, layout 3, rank 16: J 0.54 against 0.51
+RATE, SEEDS = 2e-3, range(3)
+RACED = ((3, 16), (2, 16), (3, 1), (3, 4), (1, 16))  # layout and rank
 MODELS = ("load", "prompts", "prompts-of", "score", "score-function")
 CELLS = ("reward-adapter", "reward-on", "build", "score-by")
 CELLS += ("fresh-adapter-run", "train-in")
@@ -47,9 +46,9 @@ def lessons() -> tuple[SimpleNamespace, SimpleNamespace]:
     return three, SimpleNamespace(**seven)
 
 
-def measure(three, seven, layout, rank, seed, rate) -> dict:
+def measure(three, seven, layout, rank, seed) -> dict:
     """The figures of one run, as notebook 3's own models and judges see it."""
-    own = dataclasses.replace(three.settings, seed=seed, ppo_lr=rate)
+    own = dataclasses.replace(three.settings, seed=seed, ppo_lr=RATE)
     run, *_ = seven.train_in(layout, rank, own)
     figures, _ = three.evaluate(run.policy, show_progress=False)
     means = figures["score"], figures["kl"]
@@ -80,20 +79,13 @@ def measure_all(found: dict, write, bar):
     if "reward accuracy" not in found:
         found["reward accuracy"] = reward_adapters(three, seven)
     bar.update()
-    search = found.setdefault("search", {})
-    for rate in RATES:
-        if f"{rate:g}" not in search:
-            run = measure(three, seven, *SEARCHED, SEARCH_SEED, rate)
-            search[f"{rate:g}"] = run["share"]
-            write()
-        bar.update()
-    found["rate"] = float(max(search, key=search.get))
+    found["rate"] = RATE
     layouts = found.setdefault("layouts", {})
     for layout, rank in RACED:
         runs = layouts.setdefault(name_of(layout, rank), {})
         for i, seed in enumerate(SEEDS):
             if len(runs.get("score", ())) == i:
-                one = measure(three, seven, layout, rank, seed, found["rate"])
+                one = measure(three, seven, layout, rank, seed)
                 for figure, values in by_seed([one]).items():
                     runs.setdefault(figure, []).extend(values)
                 write()
@@ -111,7 +103,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     path = ROOT / RESULTS
     found = json.loads(path.read_text("utf8")) if path.exists() else {}
-    total = 1 + len(RATES) + len(RACED) * len(SEEDS)
+    total = 1 + len(RACED) * len(SEEDS)
     with (
         tqdm(total=total, file=sys.stderr) as bar,
         contextlib.redirect_stdout(io.StringIO()),  # the lessons' own bars

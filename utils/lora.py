@@ -4,7 +4,8 @@ A frozen layer W x gets a small trainable neighbour of rank r beside it:
 
     W x + s B A x        A (r, in), B (out, r), s = alpha / r
 
-B starts at 0, so a fresh adapter changes nothing at all. A model may hold several
+B starts at 0, so a fresh adapter changes nothing at all. An embedding, whose x says
+which word it is, may have one, too; there A starts at 0. A model may hold several
 adapters by name, of which one or none is on. The files are those of PEFT.
 """
 
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,15 +37,31 @@ class Adapter(nn.Module):
         self.lora_B = nn.Linear(rank, size_out, bias=False, **options)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.scale = scale
+        self.rank, self.scale = rank, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """s B A x, in the adapter's own precision unless autocast has another."""
         return self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
 
 
+class EmbeddingAdapter(nn.Module):
+    """The same beside an embedding: ids (...) -> s B A_id (..., out)."""
+
+    def __init__(self, words: int, size_out: int, rank: int, scale: float, like):
+        super().__init__()
+        options = {"device": like.device, "dtype": torch.float32}
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, words, **options))
+        self.lora_embedding_B = nn.Parameter(torch.randn(size_out, rank, **options))
+        self.rank, self.scale = rank, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """s B times the column of A that belongs to each word."""
+        columns = F.embedding(ids, self.lora_embedding_A.t())
+        return self.scale * (columns @ self.lora_embedding_B.t())
+
+
 class AdaptedLayer(nn.Module):
-    """A frozen linear layer with adapters beside it, of which at most one is on."""
+    """A frozen layer with adapters beside it, of which at most one is on."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -58,8 +76,8 @@ class AdaptedLayer(nn.Module):
 
 
 def _stores_transposed(layer) -> bool:
-    """GPT-2's `Conv1D` has its weight as (in, out), `nn.Linear` as (out, in)."""
-    return type(layer).__name__ == "Conv1D"
+    """`Conv1D` and embeddings have their weight as (in, out), `nn.Linear` (out, in)."""
+    return type(layer).__name__ == "Conv1D" or isinstance(layer, nn.Embedding)
 
 
 def adapted_layer(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> nn.Module:
@@ -100,10 +118,11 @@ def _adapted(model) -> dict[str, AdaptedLayer]:
 
 
 def _plain_layers(model) -> dict[str, nn.Module]:
-    """The linear layers by name, but for those that project to the vocabulary."""
-    embedding = model.get_input_embeddings().weight.shape[0]
+    """Linear layers and embeddings, but for what projects to the vocabulary."""
+    embedding = model.get_input_embeddings()
+    embedding = getattr(embedding, "base", embedding).weight.shape[0]
     return {
-        name: layer
+        name.removesuffix(".base"): layer
         for name, layer in model.named_modules()
         if (isinstance(layer, nn.Linear) or _stores_transposed(layer))
         and _sizes(layer)[1] != embedding
@@ -125,12 +144,12 @@ def add_adapter(
 ) -> nn.Module:
     """Freeze the model, and put a fresh adapter beside its linear layers; it is on.
 
-    `targets` are ends of layers' names, such as "c_attn"; without them it is every
-    linear layer but the projection to the vocabulary. s = alpha / r, or alpha / sqrt(r)
-    if `rank_stabilised` (Kalajdzievski 2023, arXiv 2312.03732). A is drawn as PyTorch
-    draws a linear layer, B is 0 (arXiv 2106.09685, section 4.1). Only adapters can be
-    trained afterwards; those that were there stay as they are, frozen or not. Returns
-    the model.
+    `targets` are ends of layers' names, such as "c_attn", and may name an embedding;
+    without them it is every linear layer but the projection to the vocabulary.
+    s = alpha / r, or alpha / sqrt(r) if `rank_stabilised` (Kalajdzievski 2023, arXiv
+    2312.03732). A is drawn as PyTorch draws a linear layer, B is 0 (arXiv 2106.09685,
+    section 4.1). Only adapters can be trained afterwards; those that were there stay as
+    they are, frozen or not. Returns the model.
     Raises ValueError for a rank below 1, a name that is taken or has a dot, or a target
     that no layer's name ends in.
     """
@@ -141,14 +160,16 @@ def add_adapter(
             f"an adapter cannot be called {name!r}; take a name without dots that is "
             f"none of {adapter_names(model)}"
         )
-    layers = {k.removesuffix(".base"): v for k, v in _plain_layers(model).items()}
+    layers = _plain_layers(model)
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
-    for target in ends if targets is None else (targets := list(targets)):
+    if targets is None:
+        targets = [k for k, v in layers.items() if not isinstance(v, nn.Embedding)]
+    for target in (targets := list(targets)):
         if not any(_ends_in(layer, [target]) for layer in layers):
             raise ValueError(
                 f"no layer is called {target!r}; take targets from {', '.join(ends)}"
             )
-    chosen = [k for k in layers if targets is None or _ends_in(k, targets)]
+    chosen = [k for k in layers if _ends_in(k, targets)]
     for key, weight in model.named_parameters():
         if ".adapters." not in key:
             weight.requires_grad_(False)
@@ -158,7 +179,8 @@ def add_adapter(
         if not isinstance(place, AdaptedLayer):
             place = AdaptedLayer(place)
             model.set_submodule(layer, place)
-        adapter = Adapter(*_sizes(place.base), rank, scale, place.base.weight)
+        kind = EmbeddingAdapter if isinstance(place.base, nn.Embedding) else Adapter
+        adapter = kind(*_sizes(place.base), rank, scale, place.base.weight)
         place.adapters[name] = adapter.train(model.training)
     switch(model, name)
     return model
@@ -253,14 +275,24 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     """Put an adapter into the weights, W + s B A, and take it away; returns the model.
 
     Added up in float32. Without any adapter left, the layers are plain ones again, and
-    all weights can be trained. Raises ValueError if there is no adapter of this name.
+    all weights can be trained. Raises ValueError if there is no adapter of this name,
+    or if it stands beside an embedding whose weight is the projection to the
+    vocabulary, too, which would change with it.
     """
     _check_known(model, name)
+    head = model.get_output_embeddings()
+    for path, layer in _adapted(model).items():
+        tied = head is not None and layer.base.weight is head.weight
+        if tied and name in layer.adapters:
+            raise ValueError(
+                f"{path} has one weight with the projection to the vocabulary, which "
+                f"merging {name!r} would change; leave it on, or give it other targets"
+            )
     for path, layer in _adapted(model).items():
         if name in layer.adapters:
             adapter = layer.adapters[name]
-            A, B = adapter.lora_A.weight, adapter.lora_B.weight
-            alpha = adapter.scale * len(A)
+            A, B = adapter.parameters()
+            alpha = adapter.scale * adapter.rank
             layer.base.weight.copy_(merged_weight(layer.base, A, B, alpha))
             del layer.adapters[name]
             layer.on = None if layer.on == name else layer.on
@@ -317,12 +349,12 @@ def save_adapter(model: nn.Module, name: str, folder):
     layers = {k: v for k, v in _adapted(model).items() if name in v.adapters}
     for path, layer in layers.items():
         adapter = layer.adapters[name]
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(adapter, part).weight.detach().cpu().contiguous()
-            tensors[f"{PREFIX}{path}.{part}.weight"] = weight
-        ranks.add(adapter.lora_A.out_features)
+        for part, weight in adapter.named_parameters():
+            tensors[f"{PREFIX}{path}.{part}"] = weight.detach().cpu().contiguous()
+        ranks.add(adapter.rank)
         scales.add(adapter.scale)
-        transposed.add(_stores_transposed(layer.base))
+        if not isinstance(layer.base, nn.Embedding):
+            transposed.add(_stores_transposed(layer.base))
     (rank,), (scale,) = ranks, scales
     config = {
         "peft_type": "LORA",
@@ -365,8 +397,10 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
             "read here; merge it with PEFT"
         )
     tensors = load_file(folder / WEIGHTS)
-    targets = sorted({k.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for k in tensors})
-    layers = {k.removesuffix(".base"): v for k, v in _plain_layers(model).items()}
+    # Of an embedding PEFT writes the base, too
+    names = [name for name in tensors if ".lora_" in name]
+    targets = sorted({n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in names})
+    layers = _plain_layers(model)
     rank = config["r"]
     for target in targets:
         if target not in layers:
@@ -375,9 +409,12 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
                 "model does not have; load it into its own base model"
             )
         size_in, size_out = _sizes(layers[target])
-        wanted = {"lora_A": (rank, size_in), "lora_B": (size_out, rank)}
-        for part, shape in wanted.items():
-            found = tuple(tensors[f"{PREFIX}{target}.{part}.weight"].shape)
+        names = ("lora_A.weight", "lora_B.weight")
+        if isinstance(layers[target], nn.Embedding):
+            names = ("lora_embedding_A", "lora_embedding_B")
+        shapes = ((rank, size_in), (size_out, rank))
+        for part, shape in zip(names, shapes, strict=True):
+            found = tuple(tensors[f"{PREFIX}{target}.{part}"].shape)
             if found != shape:
                 raise ValueError(
                     f"{part} of {target} in {folder} has the shape {found}, and rank "
@@ -389,7 +426,6 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
     with torch.no_grad():
         for target in targets:
             adapter = adapted[target].adapters[name]
-            for part in ("lora_A", "lora_B"):
-                weight = tensors[f"{PREFIX}{target}.{part}.weight"]
-                getattr(adapter, part).weight.copy_(weight)
+            for part, weight in adapter.named_parameters():
+                weight.copy_(tensors[f"{PREFIX}{target}.{part}"])
     return model
