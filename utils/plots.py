@@ -294,7 +294,7 @@ def plot_memory(found: dict[str, dict[str, float]], line: float = 0):
     axis.axvline(line / 2**20, color="k", linestyle="--", linewidth=1)
     axis.set(xlabel="MiB (dashed: the weights of one model)", xlim=(0, 1.1 * max(left)))
     axis.invert_yaxis()
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
