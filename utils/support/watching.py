@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas
 from IPython.display import display
+from tqdm import tqdm
 
 from utils.plots import plot_ppo
 from utils.settings import Settings
@@ -108,7 +109,7 @@ class TensorBoard:
 
         folder = Path(settings.folder) / "log" / _run_name(settings)
         self.writer = SummaryWriter(str(folder))
-        print(f"figures go to TensorBoard: tensorboard --logdir {folder.parent}")
+        tqdm.write(f"figures go to TensorBoard: tensorboard --logdir {folder.parent}")
 
     def figures(self, figures, step):
         """One number of each name."""
