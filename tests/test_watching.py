@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from utils.settings import TINY
@@ -147,11 +148,12 @@ def test_live_curves_are_one_picture_that_is_gone_at_the_end(
     monkeypatch.setattr(watching, "display", shown.display)
     monkeypatch.setattr(watching, "somebody_is_there", lambda: there)
     monkeypatch.setattr(watching.time, "monotonic", lambda: now[0])
-    drawn = []
-    picture = types.SimpleNamespace(as_png=lambda: ({"image/png": "x"}, {"alt": "y"}))
+    drawn, open_before = [], plt.get_fignums()
 
     def plot(history):
         drawn.append(len(history))
+        picture = plt.figure()
+        picture.as_png = lambda: ({"image/png": "x"}, {"alt": "y"})
         now[0] += 2  # a slow machine: then it waits 40 seconds, not 10
         return picture
 
@@ -162,6 +164,7 @@ def test_live_curves_are_one_picture_that_is_gone_at_the_end(
         watch.look(Run(done))
     assert len(drawn) == (2 if there else 0)
     assert len(shown.first) == there
+    assert plt.get_fignums() == open_before  # the cell's end shows none of them again
     assert shown.updates == (
         [{"image/png": "x"}, {"text/plain": "(the curves are below)"}] if there else []
     )

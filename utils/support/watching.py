@@ -10,6 +10,7 @@ import importlib.util
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas
 from IPython.display import display
 from tqdm import tqdm
@@ -82,7 +83,9 @@ class Watch:
         if ended or len(history) < 2 or time.monotonic() < self._next:
             return
         started = time.monotonic()
-        data, metadata = plot_ppo(history).as_png()
+        figure = plot_ppo(history)
+        data, metadata = figure.as_png()
+        plt.close(figure)  # else the end of the cell shows it once more
         if self._plot:
             self._plot.update(data, metadata=metadata, raw=True)
         else:
