@@ -74,10 +74,11 @@ def world():
 
 @pytest.fixture(scope="session")
 def series(world, tmp_path_factory):
-    """The folder of a run of all notebooks from an empty `runs/`."""
+    """The folder of a run of all notebooks from an empty `runs/`, the fifth briefly."""
     runs = tmp_path_factory.mktemp("runs")
     # Without the runs of notebook 7, which another test makes
     what = ("--preset", "tiny", "--only", "all", "--set", "adapter_rollouts=0")
-    done = run_series(*what, RLHF_RUNS_DIR=str(runs))
+    brief = {"RLHF_PREFERENCE_PAIRS": "200", "RLHF_PREFERENCE_ROLLOUTS": "2"}
+    done = run_series(*what, RLHF_RUNS_DIR=str(runs), **brief)
     assert done.returncode == 0, done.stderr[-3000:]
     return runs / "tiny", done.stdout

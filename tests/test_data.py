@@ -123,3 +123,37 @@ def test_prompt_lengths_cover_their_range(tokenizer):
 def test_no_long_sentence_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="none of the 1 sentences has 9 words"):
         data.make_prompts(["never dull"], tokenizer, TINY, seed=0)
+
+
+def pair(prompt, chosen, rejected=" is dull ."):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_a_pair_as_a_model_reads_it(adding, tokenizer):
+    eos = adding.eos_token_id
+    prompt, chosen, rejected = data.pair_tokens(
+        pair("the plot", " is fine ."), adding, 9
+    )
+    bare = [tokenizer(text)["input_ids"] for text in ("the plot", " is fine .")]
+    assert prompt == [*adding.front, *bare[0]] and chosen == [*bare[1], eos]
+    assert tokenizer.decode(rejected[:-1]) == " is dull ." and rejected[-1] == eos
+
+
+@pytest.mark.parametrize(
+    "one, says",
+    [
+        (pair("the pl", "ot is fine ."), "cut within a token of prompt . chosen: 'the"),
+        (pair("the pl", " is", "ot is dull"), "within a token of prompt . rejected"),
+        (
+            pair("the plot", " is<|endoftext|>"),
+            "the EOS token .*endoftext.* in 'chosen'",
+        ),
+        (pair("the plot", " is dull" * 9), "has 21 tokens in prompt . chosen, more th"),
+    ],
+)
+def test_a_pair_that_would_be_read_otherwise_is_named(tokenizer, one, says):
+    with pytest.raises(ValueError, match=says):
+        data.pair_tokens(one, tokenizer, 20)
+    check = data.pair_check(tokenizer, 20)
+    assert check(one).startswith(("has a prompt", "holds the EOS", "has 21"))
+    assert check(pair("the plot", " is fine .")) == ""

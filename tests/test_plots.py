@@ -104,3 +104,36 @@ def test_what_was_steered_stands_in_the_order_that_was_given():
     assert [bar.get_width() for bar in axis.patches] == [-2.0, 0.0, 1.5]
     colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in axis.patches]
     assert colours == [plots.RED, plots.RED, plots.BLUE]
+
+
+def test_the_learning_curve_shows_means_seeds_and_ceiling():
+    agreement = {"50": [0.5, 0.52], "1000": [0.6, 0.7]}
+    figure = plots.plot_learning_curve(agreement, [0.71, 0.73], [0.7, 0.7])
+    (axis,) = figure.axes
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+    assert list(lines["the best any model can"]) == pytest.approx([0.72, 0.72])
+    assert list(lines["learnt from labels"]) == pytest.approx([0.7, 0.7])
+    (band,) = axis.containers
+    assert list(band.lines[0].get_ydata()) == pytest.approx([0.51, 0.65])
+    assert [x.get_text() for x in axis.get_xticklabels()] == ["50", "1,000"]
+
+
+def test_what_dpo_shows_is_in_nats_and_the_kl_where_it_was_measured():
+    step = {"accuracy": 0.5, "margin": 0.3}
+    step |= {"chosen_reward": -0.2, "rejected_reward": -0.5}
+    history = [dict(step) for _ in range(4)]
+    history[3]["kl"] = 0.7
+    figure = plots.plot_dpo(history, beta=0.1)
+    chosen, rejected, _ = figure.axes[2].lines
+    assert list(chosen.get_ydata()) == pytest.approx([-2.0] * 4)
+    assert list(rejected.get_ydata()) == pytest.approx([-5.0] * 4)
+    assert figure.axes[3].lines[0].get_xydata().tolist() == [[0.0, 0.0], [3.0, 0.7]]
+
+
+def test_a_learning_curve_of_one_seed_has_no_band():
+    figure = plots.plot_learning_curve({"50": [0.5], "200": [0.6]}, [0.7], [0.7])
+    (band,) = figure.axes[0].containers
+    assert list(band.lines[0].get_ydata()) == pytest.approx([0.5, 0.6])
+    (bars,) = band.lines[2]
+    for low, high in (segment[:, 1] for segment in bars.get_segments()):
+        assert low == high

@@ -160,3 +160,54 @@ def test_a_pair_that_says_nothing_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="same text as chosen and as rejected"):
         preferences.append_pair(path, {**PAIR, "chosen": PAIR["rejected"]})
     assert not path.exists()
+
+
+def test_files_are_read_together_and_what_contradicts_is_named(tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    turned = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    other = {**PAIR, "prompt": "the plot is"}
+    for path, pair in ((one, other), (one, PAIR), (two, other), (two, turned)):
+        preferences.append_pair(path, pair)
+    pairs, (fault,) = preferences.read_pairs(one, two)
+    assert pairs == [other, PAIR, other]
+    assert fault == f"{two}, line 2 prefers the text that {one}, line 2 rejects"
+
+
+def test_a_check_of_the_readers_own_is_asked(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    for prompt in ("long enough", "x", "long, too"):
+        preferences.append_pair(path, {**PAIR, "prompt": prompt})
+    pairs, faults = preferences.read_pairs(
+        path, check=lambda pair: "is short" if len(pair["prompt"]) < 2 else ""
+    )
+    assert [pair["prompt"] for pair in pairs] == ["long enough", "long, too"]
+    assert faults == [f"{path}, line 2 is short"]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file .*mine.*label some first"):
+        preferences.read_pairs(tmp_path / "mine.jsonl")
+
+
+def test_agreement_and_ceiling_by_hand():
+    """Gaps 2, -1, 0 and 3; guessed right, wrong, left to a coin, and not at all."""
+    utilities = t([2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 0.0])
+    scores = t([5.0, 4.0], [1.0, 0.0], [0.0, 9.0], [2.0, 2.0])
+    agreement, ceiling = preferences.agreement_with_labeller(utilities, scores)
+    s = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, 3.0)]
+    assert agreement == pytest.approx((s[0] + (1 - s[1]) + 0.5 + 0.5) / 4)
+    assert ceiling == pytest.approx((s[0] + s[1] + 0.5 + s[2]) / 4)
+    with pytest.raises(ValueError, match=r"\(4, 2\).*\(3, 2\)"):
+        preferences.agreement_with_labeller(utilities, scores[:3])
+
+
+def test_the_split_shares_no_prompt():
+    pairs = [{**PAIR, "prompt": f"film {i % 20}", "n": i} for i in range(100)]
+    train, test = preferences.split_by_prompt(pairs, 0.25, seed=1)
+    prompts = [{pair["prompt"] for pair in part} for part in (train, test)]
+    assert [len(p) for p in prompts] == [15, 5] and not prompts[0] & prompts[1]
+    assert sorted(p["n"] for p in train + test) == list(range(100))
+    assert [p["n"] for p in train] == sorted(p["n"] for p in train)
+    assert preferences.split_by_prompt(pairs, 0.25, seed=2)[1] != test
+    with pytest.raises(ValueError, match="a share of 0.01 of 20 prompts leaves"):
+        preferences.split_by_prompt(pairs, 0.01)

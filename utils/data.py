@@ -167,3 +167,48 @@ def make_prompts(
     lengths = (settings.prompt_min_tokens, settings.prompt_max_tokens)
     front = len(tokens_in_front(tokenizer))
     return [row[: front + rng.randint(*lengths)] for row in encode(long, tokenizer)]
+
+
+def pair_tokens(
+    pair: dict[str, str], tokenizer, max_tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a pair's prompt, and of both responses with EOS behind them.
+
+    Each text is tokenised as a whole, as a model would read it. Raises ValueError if it
+    then does not begin with the prompt's own tokens: the policy would be asked for
+    another text than the one that was judged. Also if a response holds EOS, or if a
+    text has more than max_tokens.
+    """
+    prompt, *texts = encode(
+        [pair["prompt"], *(pair["prompt"] + pair[x] for x in ("chosen", "rejected"))],
+        tokenizer,
+    )
+    responses = []
+    for name, text in zip(("chosen", "rejected"), texts, strict=True):
+        response = text[len(prompt) :]
+        if text[: len(prompt)] != prompt or not response:
+            raise ValueError(
+                f"has a prompt that is cut within a token of prompt + {name}: "
+                f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
+            )
+        if tokenizer.eos_token_id in response:
+            raise ValueError(f"holds the EOS token {tokenizer.eos_token!r} in {name!r}")
+        if len(text) >= max_tokens:
+            raise ValueError(
+                f"has {len(text) + 1} tokens in prompt + {name}, more than {max_tokens}"
+            )
+        responses.append([*response, tokenizer.eos_token_id])
+    return prompt, *responses
+
+
+def pair_check(tokenizer, max_tokens: int):
+    """A `check` for `read_pairs`: what `pair_tokens` has against a pair, or nothing."""
+
+    def check(pair):
+        try:
+            pair_tokens(pair, tokenizer, max_tokens)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return check

@@ -259,6 +259,69 @@ def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
 
 
 @_described
+def plot_learning_curve(
+    agreement: dict[str, list[float]], ceiling: list[float], labels: list[float]
+):
+    """Agreement with the labeller on new prompts, against the number of pairs learnt.
+
+    `agreement` by the number of pairs, with a value for each seed; `ceiling` and
+    `labels` (of the model that learnt from labels) by seed, as dashed lines.
+    """
+    figure, axis = _axes(1, 1, width=6, height=3.4)
+    sizes = [int(size) for size in agreement]
+    runs = torch.tensor(list(agreement.values())).t()
+    middle, half = interval_95(runs) if len(runs) > 1 else (runs[0], 0 * runs[0])
+    for seed in runs:
+        axis.plot(sizes, seed, ".", color=GREY)
+    axis.errorbar(
+        sizes, middle, half, fmt="o-", capsize=4, color=BLUE, label="learnt from pairs"
+    )
+    lines = {
+        "the best any model can": (ceiling, "k"),
+        "learnt from labels": (labels, RED),
+    }
+    for name, (values, colour) in lines.items():
+        height = sum(values) / len(values)
+        axis.axhline(height, color=colour, linestyle="--", linewidth=1, label=name)
+    axis.axhline(0.5, color=GREY, linestyle=":", linewidth=1, label="a coin")
+    axis.set(xscale="log", xlabel="pairs", ylabel="agreement")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    return figure
+
+
+@_described
+def plot_dpo(history: list[dict], beta: float):
+    """What to watch of DPO: accuracy, margin, both log-ratios, and the KL of samples.
+
+    The steps hold `accuracy`, `margin`, `chosen_reward` and `rejected_reward`, and some
+    of them a `kl`. Smoothed; a log-ratio is an implicit reward divided by beta.
+    """
+    figure, axes = _axes(1, 4, width=3.1, height=2.8)
+
+    def curve(axis, name, colour, label=None, scale=1.0):
+        values = [scale * step[name] for step in history]
+        axis.plot(smooth(values), color=colour, label=label)
+
+    curve(axes[0], "accuracy", BLUE)
+    axes[0].set(title="implicit accuracy", ylabel="share of the pairs")
+    curve(axes[1], "margin", BLUE)
+    axes[1].set(title="margin", ylabel="labeller's units")
+    curve(axes[2], "chosen_reward", BLUE, "chosen", 1 / beta)
+    curve(axes[2], "rejected_reward", RED, "rejected", 1 / beta)
+    axes[2].axhline(0, color="k", linewidth=0.5)
+    axes[2].set(title="log π − log π_ref", ylabel="nats per response")
+    axes[2].legend(frameon=False)
+    measured = [(step, row["kl"]) for step, row in enumerate(history) if "kl" in row]
+    axes[3].plot(*zip((0, 0.0), *measured, strict=True), "o-", color=BLUE)
+    axes[3].set(title="KL of samples", ylabel="nats per response", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("step")
+    return figure
+
+
+@_described
 def plot_ranks(shares: dict[str, torch.Tensor], enough: float = 0.9):
     """The share of each update that its first ranks hold, and where it is enough.
 

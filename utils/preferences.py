@@ -11,8 +11,11 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 
 import json
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -108,15 +111,21 @@ def dpo_loss(
 
 
 def append_pair(path, pair: dict[str, str]):
-    """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
+    """Add a pair to a file with `append_line`.
 
-    A last line that a kill has cut off is taken away first. Raises ValueError if the
-    pair lacks a text, or if nothing was preferred.
+    Raises ValueError if it lacks a text, or if nothing was preferred.
     """
     if fault := _fault(pair):
         raise ValueError(f"this pair {fault}: {pair}")
-    path = Path(path)
-    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
+    append_line(path, {name: pair[name] for name in FIELDS})
+
+
+def append_line(path, thing: dict):
+    """Add an object to a file of JSON Lines, so that it is on disk when this returns.
+
+    A last line that a kill has cut off is taken away first.
+    """
+    path, line = Path(path), json.dumps(thing, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)
@@ -127,27 +136,86 @@ def append_pair(path, pair: dict[str, str]):
         os.fsync(file.fileno())
 
 
-def read_pairs(path) -> tuple[list[dict[str, str]], list[str]]:
-    """The pairs of a file of JSON Lines, and what is wrong with its other lines.
+def read_pairs(
+    *paths, check: Callable[[dict], str] | None = None
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The pairs of files of JSON Lines, and what is wrong with their other lines.
 
     Each line is an object with `prompt`, `chosen` and `rejected`; prompt and response
     one after the other are the text. What is wrong is a sentence that begins with the
-    file and the number of the line. A last line without its end was cut off by a kill,
-    and counts as not written.
+    file and the number of the line; `check` may find more: it returns how the sentence
+    goes on, or nothing. Of two lines with the same texts that say the opposite, the
+    first counts. A last line without its end was cut off by a kill, and counts as not
+    written. Raises FileNotFoundError if a file is not there.
     """
-    pairs, faults = [], []
-    *lines, _ = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            pair = json.loads(line)
-            fault = _fault(pair)
-        except ValueError:  # no JSON, or no UTF-8
-            fault = "is no JSON"
-        if fault:
-            faults.append(f"{path}, line {number} {fault}")
-        else:
-            pairs.append({name: pair[name] for name in FIELDS})
+    pairs, faults, seen = [], [], {}
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"there is no file {path} of pairs yet; label some first"
+            )
+        *lines, _ = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            place = f"{path}, line {number}"
+            try:
+                pair = json.loads(line)
+                fault = _fault(pair) or (check(pair) if check else "")
+            except ValueError:  # no JSON, or no UTF-8
+                fault = "is no JSON"
+            if not fault:
+                pair = {name: pair[name] for name in FIELDS}
+                key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
+                chosen, first = seen.setdefault(key, (pair["chosen"], place))
+                if chosen != pair["chosen"]:
+                    fault = f"prefers the text that {first} rejects"
+            if fault:
+                faults.append(f"{place} {fault}")
+            else:
+                pairs.append(pair)
     return pairs, faults
+
+
+def agreement_with_labeller(utilities: Tensor, scores: Tensor) -> tuple[float, float]:
+    """How often scores agree with fresh answers of a labeller of known utilities.
+
+    `utilities` (N, 2) are the labeller's of both texts of N pairs, in units of its
+    noise, `scores` (N, 2) those of the model that guesses. Returns the expected share
+    of agreement, without sampling an answer, and the most that any model can have:
+
+        agreement = mean sigmoid(+-(u_1 - u_2)), + where the first has the higher score
+        ceiling = mean sigmoid(|u_1 - u_2|)
+
+    Where the scores are equal the guess is a coin's. Raises ValueError if the shapes
+    disagree.
+    """
+    check_shapes(utilities=utilities, scores=scores)
+    gap = utilities[:, 0] - utilities[:, 1]
+    guess = (scores[:, 0] - scores[:, 1]).sign().to(gap)
+    ceiling = torch.sigmoid(gap.abs()).mean()
+    return torch.sigmoid(gap * guess).mean().item(), ceiling.item()
+
+
+def split_by_prompt(
+    pairs: list[dict[str, str]], share: float, seed: int = 0
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Pairs to learn from, and pairs of a share of the prompts to measure on.
+
+    No prompt is in both: pairs of one prompt share texts, and a model that remembers
+    those would look better than it is (arXiv 2203.02155). Raises ValueError if one of
+    the two would be empty.
+    """
+    prompts = sorted({pair["prompt"] for pair in pairs})
+    random.Random(seed).shuffle(prompts)
+    held_out = set(prompts[: round(share * len(prompts))])
+    if not 0 < len(held_out) < len(prompts):
+        raise ValueError(
+            f"a share of {share} of {len(prompts)} prompts leaves nothing on one side; "
+            "label pairs of more prompts, or change the share"
+        )
+    parts = [], []
+    for pair in pairs:
+        parts[pair["prompt"] in held_out].append(pair)
+    return parts
 
 
 def _fault(pair) -> str:

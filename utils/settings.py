@@ -115,6 +115,11 @@ class Settings:
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
     race_rollouts: int = setting(0, NOTHING, least=0)  # of each estimator; 0: none
     adapter_rollouts: int = setting(0, NOTHING, least=0)  # in each layout; 0: none
+    # Preferences: pairs to learn from [pairs]; DPO's learning rate and price of KL
+    preference_pairs: int = setting(1_000, NOTHING, least=20)
+    preference_rollouts: int = setting(24, NOTHING)  # of PPO on the pairs' reward model
+    dpo_lr: float = setting(1e-5, NOTHING)  # peak, falling linearly to 0
+    dpo_beta: float = setting(0.3, NOTHING)  # [labeller's utility per nat of KL]
     best_of_n: int = setting(16, NOTHING)  # beside these [responses to a prompt]
     checkpoint_every: int = setting(8, NOTHING)  # PPO saves its state [rollouts]
     # Where a run can be watched: tensorboard, wandb or trackio; empty: nowhere else
@@ -221,6 +226,9 @@ TINY = Settings(
     possible_samples=64,
     frontier_rollouts=10,
     race_rollouts=10,
+    preference_pairs=2_000,
+    preference_rollouts=20,
+    dpo_lr=3e-4,
     adapter_rollouts=10,
 )
 PRESETS = {"full": FULL, "tiny": TINY}

@@ -44,8 +44,8 @@ def test_what_a_learner_gets_has_short_cells(name):
     assert statistics.median(lengths) <= 10 and max(lengths) <= 40
 
 
-def test_there_are_eight():
-    assert [name[0] for name in EXERCISES] == list("12345679")
+def test_there_are_nine():
+    assert [name[0] for name in EXERCISES] == list("123456789")
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -241,6 +241,18 @@ WRONG = [
     ("6-bug-museum", "repair-3", ".eval()", "", "training mode"),
     ("6-bug-museum", "repair-6", "returns = (advantages + values)",
      "returns = advantages", "lack the values"),
+    ("8-preferences", "tournament-loss", "outcomes * wins + (1 - outcomes) * losses",
+     "wins", "outcome is ignored"),
+    ("8-preferences", "dpo-losses", "(place < starts[:, None]) | ", "",
+     "tokens of the prompt"),
+    ("8-preferences", "dpo-losses", "(starts + lengths)", "(starts + lengths - 1)",
+     "EOS is left out"),
+    ("8-preferences", "dpo-losses", "ratio[0::2] - ratio[1::2]",
+     "ratio[1::2] - ratio[0::2]", "are swapped"),
+    ("8-preferences", "pulls", "- (1 - eps)", "- 1", "nothing is smoothed"),
+    ("8-preferences", "pulls", "1 / (2 * beta)", "1 / beta", "not half of it"),
+    ("8-preferences", "keep-back", "held |= prompts == numbers[i]",
+     "held[(prompts == numbers[i]).nonzero()[0]] = True", "cut within"),
     ("9-adapters", "adapt", "** 0.5", "", "not by its root"),
     ("9-adapters", "merge", "update = update.t()", "pass", "not transposed"),
     ("9-adapters", "read", "model.hidden(None)", 'model.hidden("actor")', "KL is 0"),

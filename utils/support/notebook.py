@@ -23,6 +23,7 @@ NOTEBOOKS = {  # in the order of the lessons, by number
     "2": "2-RM Training.ipynb",
     "3": "3-RLHF.ipynb",
     "4": "more/4-Estimators.ipynb",
+    "5": "more/5-Preferences.ipynb",
     "6": "more/6-Frontier.ipynb",
     "7": "more/7-Adapters.ipynb",
     "9": "more/9-Use It.ipynb",

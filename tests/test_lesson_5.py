@@ -1,0 +1,66 @@
+"""The functions of notebook 5 that no other file has, against plain ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.data import load_tokenizer, pair_tokens
+from utils.models import load_causal_lm
+from utils.practice.exact_world import ExactWorld
+from utils.settings import TINY
+from utils.support.notebook import NOTEBOOKS, import_cells
+
+LESSON = NOTEBOOKS["5"]
+
+
+def test_log_probabilities_of_pairs_are_those_of_each_text_alone(world):
+    """The sum over the response and its EOS: no prompt, no padding, no mean."""
+    lm = load_causal_lm(str(world / "model")).eval()
+    tokenizer = load_tokenizer(str(world / "model"))
+    names = {"settings": TINY, "device": torch.device("cpu")}
+    names |= {"eos_id": tokenizer.eos_token_id, "lesson3": None}
+    five = SimpleNamespace(**import_cells(LESSON, "pair-logprobs", names=names))
+    texts = [
+        ("the plot", " is dull .", " is never dull , but the cast is lazy ."),
+        ("from start to finish , the humor", " is witty .", " bores ."),
+    ]
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), t, strict=True)) for t in texts]
+    rows = [pair_tokens(pair, tokenizer, 66) for pair in pairs]
+    with torch.no_grad():
+        found = torch.stack(five.pair_logprobs(lm, rows), dim=1)
+        for i, (prompt, *responses) in enumerate(rows):
+            for j, response in enumerate(responses):
+                ids = torch.tensor([prompt + response])
+                logprobs = lm(ids).logits[0].log_softmax(dim=-1)
+                places = range(len(prompt) - 1, ids.shape[1] - 1)
+                alone = sum(logprobs[t, ids[0, t + 1]] for t in places)
+                assert found[i, j].item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return SimpleNamespace(**import_cells(LESSON, "exact-pairs", "exact-some-pairs"))
+
+
+def test_dpo_on_all_pairs_finds_the_best_policy(exact):
+    world = ExactWorld(seed=0)
+    chosen, rejected, chances = exact.every_pair(world)
+    assert len(chances) == 15 * 14 and chances.sum().item() == pytest.approx(1.0)
+    lm = exact.train_exact_dpo(world, chosen, rejected, chances, 0.5)
+    assert world.reached(lm, 0.5) > 0.995
+    lm = exact.train_exact_dpo(world, rejected, chosen, chances, 0.5, steps=20)
+    assert world.reached(lm, 0.5) < 0
+
+
+def test_sampled_pairs_come_as_often_as_they_should(exact):
+    """Counts of all 210 pairs against their chances: a chi-squared of about 209."""
+    world, n = ExactWorld(seed=1), 40_000
+    *pair, weights = exact.some_pairs(world, n, seed=0)
+    assert len(weights) == n and weights.sum().item() == pytest.approx(1.0)
+    *every, chances = exact.every_pair(world)
+    counts = torch.zeros(15, 15).index_put_(
+        tuple(pair), torch.ones(n), accumulate=True
+    )[tuple(every)]
+    squares = ((counts - n * chances) ** 2 / (n * chances)).sum().item()
+    assert 209 - 5 * (2 * 209) ** 0.5 < squares < 209 + 5 * (2 * 209) ** 0.5
