@@ -127,7 +127,7 @@ def test_a_card_names_the_hubs_repositories_and_no_folder_of_this_machine(tmp_pa
 
     card = of(dataclasses.replace(FULL, kl_coef=0.5))
     assert (card.data.base_model, card.data.datasets) == ("gpt2", ["stanfordnlp/sst2"])
-    assert "Changed: kl_coef 0.5 instead of 0.2." in card.text
+    assert f"Changed: kl_coef 0.5 instead of {FULL.kl_coef}." in card.text
     secret = tmp_path / "home" / "reviews.csv"
     secret.parent.mkdir()
     secret.write_text("x")
