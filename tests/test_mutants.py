@@ -35,7 +35,13 @@ def test_a_mistake_of_the_mathematics_is_caught_and_named(mutant, report):
     assert named == caught
 
 
-@pytest.mark.parametrize("mutant", LOOP, ids=lambda m: m.mistake)
+def of_a_loop(mutant):
+    """Those of adapters take seconds each, for a base and an adapter are built."""
+    slow = "adapter" in mutant.mistake or "base" in mutant.mistake
+    return pytest.param(mutant, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("mutant", map(of_a_loop, LOOP), ids=lambda m: m.mistake)
 def test_a_mistake_of_the_loop_is_caught(mutant, report):
     mutant.run(False)
     with pytest.raises(mutant.error, match=mutant.says or None):

@@ -14,7 +14,7 @@ import pytest
 from nbconvert import HTMLExporter
 
 from tests.test_classroom import recipes_of_notebook_3
-from tools.real_run import spread
+from tools.real_run import mean
 from utils.evaluation import FIGURES
 from utils.support.notebook import NOTEBOOKS, ROOT, SERIES, import_cells
 from utils.support.run import EARLIER_FIGURES
@@ -275,7 +275,7 @@ def test_the_readme_shows_the_first_ten_prompts_of_the_real_run():
 
 
 def test_the_readme_shows_the_figures_of_both_runs():
-    """As the outputs of notebook 3, and as measured; no number is copied by hand."""
+    """As the outputs of notebook 3, and the means over the seeds."""
     readme = (ROOT / "README.md").read_text("utf8")
     real = json.loads((ROOT / "docs/real-run/results.json").read_text())["figures"]
     named = {**EARLIER_FIGURES, **FIGURES}
@@ -289,7 +289,7 @@ def test_the_readme_shows_the_figures_of_both_runs():
         else:
             columns = [""] * (2 - len(tiny[name])) + tiny[name]
         each = real.get(figure, {})
-        theirs = [spread(each[when], spec) if when in each else "" for when in WHEN]
+        theirs = [mean(each[when], spec) if when in each else "" for when in WHEN]
         row = " | ".join([*columns[:2], *theirs])
         assert f"| {name} | {row} |" in readme
 

@@ -140,10 +140,15 @@ def learning_curve(rows: list[int], seed: int, changes: list[str], threads: int 
     return found
 
 
+def mean(values: list[float], spec: str) -> str:
+    """The mean over the seeds."""
+    return format(sum(values) / len(values), spec)
+
+
 def spread(values: list[float], spec: str) -> str:
     """The mean over the seeds, and the least and the most."""
     low, high = format(min(values), spec), format(max(values), spec)
-    middle = format(sum(values) / len(values), spec)
+    middle = mean(values, spec)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
