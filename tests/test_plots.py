@@ -137,3 +137,15 @@ def test_a_learning_curve_of_one_seed_has_no_band():
     (bars,) = band.lines[2]
     for low, high in (segment[:, 1] for segment in bars.get_segments()):
         assert low == high
+
+
+def test_a_race_shows_means_and_no_kl_below_zero():
+    found = {"score": [[0.0, 1.0], [0.0, 3.0]], "kl": [[0.0, 1.0], [0.0, 2.0]]}
+    names = ("REINFORCE", "RLOO", "GRPO", "PPO")
+    score, kl = plots.plot_race(dict.fromkeys(names, found)).axes
+    assert [line.get_label() for line in score.lines] == list(names)
+    assert score.lines[0].get_ydata().tolist() == [0.0, 2.0]
+    # 12.706 s / sqrt(2), where s is |a - b| / sqrt(2)
+    top = score.collections[0].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(2 + 12.706, abs=1e-3)
+    assert kl.get_ylim()[0] == 0 and kl.lines[3].get_ydata()[1] == 1.5

@@ -254,6 +254,7 @@ def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
             edges = (mean - half, mean + half)
             axis.fill_between(range(len(mean)), *edges, color=colour, alpha=0.2)
         axis.set(title=key, xlabel="rollout", ylabel=unit)
+    axes[1].set_ylim(bottom=0)  # where a symmetrical interval goes on
     axes[0].legend(frameon=False)
     return figure
 
