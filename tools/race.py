@@ -49,7 +49,7 @@ def lessons(settings, device) -> tuple[SimpleNamespace, SimpleNamespace]:
     names = {"settings": settings, "device": device}
     cells = (*MODELS, *LOOP, "judges", "evaluate")
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
-    names |= {"lesson3": three}
+    names |= {"lesson3": three, "series": three}
     cells = ("whole-response", "grpo-policy-loss", "ways", "in-groups", "train-as")
     cells += ("grammar-score",)
     return three, SimpleNamespace(**import_cells(LESSON, *cells, names=names))
