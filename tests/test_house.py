@@ -21,7 +21,8 @@ IMPORTS = {
     "fast": {"torch", "utils.ppo"},
     "estimators": {"torch", "utils.ppo"},
     "settings": set(),
-    "training": {"torch", "utils", "utils.settings"},
+    "processes": {"accelerate", "torch"},
+    "training": {"torch", "utils", "utils.processes", "utils.settings"},
     "inputs": {"torch", "datasets", "huggingface_hub", "tqdm"},
 }
 

@@ -266,10 +266,15 @@ class RewardModel(nn.Module):
             model.head.load_state_dict(load_file(head_file))
         return let_go_of_its_file(model)
 
-    def save_pretrained(self, folder):
-        """Write trunk and head as safetensors."""
-        self.trunk.save_pretrained(folder)
-        save_file(self.head.state_dict(), Path(folder) / self.HEAD_FILE)
+    def save_pretrained(self, folder, state_dict=None):
+        """Write trunk and head as safetensors; their weights, or these."""
+        trunk, head = {}, self.head.state_dict()
+        if state_dict:
+            named = [(*name.split(".", 1), x) for name, x in state_dict.items()]
+            trunk["state_dict"] = {n: x for part, n, x in named if part == "trunk"}
+            head = {n: x for part, n, x in named if part == "head"}
+        self.trunk.save_pretrained(folder, **trunk)
+        save_file(head, Path(folder) / self.HEAD_FILE)
 
 
 class PolicyWithValueHead(nn.Module):

@@ -14,6 +14,7 @@ from utils.models import (
     position_ids,
     vocabulary_weight,
 )
+from utils.processes import from_the_first
 
 # Spread of scores, relative to the largest, that may be rounding: some ten times what
 # small GPT-2s show or more (1e-7, 1e-4 and 1e-3), since deeper ones round more often
@@ -174,9 +175,19 @@ class Batch:
         return self.input_ids, self.attention_mask, self.cpu_mask
 
     @property
+    def lengths(self) -> Tensor:
+        """How many response tokens each row has (B,), in the CPU's memory."""
+        return self.cpu_mask.sum(dim=1)
+
+    @property
     def n_tokens(self) -> Tensor:
         """How many response tokens there are, in the CPU's memory."""
         return self.cpu_mask.sum()
+
+    def to(self, device) -> "Batch":
+        """The same on another device."""
+        parts = {name: x.to(device) for name, x in _tensors(self) if name != "cpu_mask"}
+        return type(self)(**parts, cpu_mask=self.cpu_mask)
 
     def rows(self, index: Tensor) -> "Batch":
         """The responses of this index, best in the CPU's memory."""
@@ -222,6 +233,27 @@ class Rollout(Batch):
             )
         self._check_finite()
         self.cpu_mask = self.mask.cpu()
+
+    @classmethod
+    def joined(cls, parts: list[Batch]) -> "Rollout":
+        """The rows of some batches, in order, as one rollout.
+
+        Prompts are padded on the left and responses on the right, to the longest.
+        """
+        parts = [part for part in parts if len(part)]
+        prompts = [p.input_ids.shape[1] - p.mask.shape[1] for p in parts]
+        responses = [p.mask.shape[1] for p in parts]
+        padding = torch.cat([p.input_ids[~p.attention_mask.bool()] for p in parts])
+        filler = padding[0].item() if len(padding) else 0
+        columns = {name: [] for name, _ in _tensors(parts[0])}
+        for part, prompt, response in zip(parts, prompts, responses, strict=True):
+            for name, x in _tensors(part):
+                whole = name in ("input_ids", "attention_mask")
+                room = (max(prompts) - prompt) * whole, max(responses) - response
+                if x.dim() == 2:
+                    x = F.pad(x, room, value=filler if name == "input_ids" else 0)
+                columns[name].append(x)
+        return cls(**{name: torch.cat(pieces) for name, pieces in columns.items()})
 
     def _check_finite(self):
         made_by = {
@@ -289,7 +321,7 @@ def score_scale(raw_scores: Tensor, dtype: torch.dtype) -> tuple[float, float]:
             f"the reward model gives {len(off)} of {n} SFT responses no finite score "
             f"({off[0].item()}); set precision to float32, or train it again"
         )
-    mean, std = raw_scores.mean().item(), raw_scores.std().item()
+    mean, std = from_the_first((raw_scores.mean().item(), raw_scores.std().item()))
     largest = raw_scores.abs().max().item()
     if not std > ROUNDING[dtype] * largest:  # NaN, if there is only one
         raise ValueError(

@@ -4,11 +4,23 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 import torch
 from torch import nn
 
 import utils
+from utils.processes import (
+    divided,
+    divided_like,
+    even_share,
+    everybodys,
+    inside,
+    n_processes,
+    whole,
+    wrap,
+)
 from utils.settings import Settings
 
 
@@ -106,8 +118,9 @@ class GuardedOptimizer:
 
     Loss scaling where the trunk computes in float16, whose small gradients would be
     rounded to 0; a bound on the norm of the gradients; and a look that no loss and no
-    gradient is NaN or infinite. Raises RuntimeError if a file of `utils` was edited
-    since it was imported.
+    gradient is NaN or infinite. On several processes the gradients are those of all
+    (`utils/processes.py`). Raises RuntimeError if a file of `utils` was edited since it
+    was imported.
     """
 
     def __init__(
@@ -123,6 +136,7 @@ class GuardedOptimizer:
         self.device = next(model.parameters()).device
         scaled = trunk_dtype(settings, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        wrap(model, optimizer, scaled)
 
     def resume(self):
         """Go on after a step that may have been interrupted, as if it had not begun.
@@ -141,7 +155,8 @@ class GuardedOptimizer:
 
     def backward(self, loss: torch.Tensor):
         """Add the gradients of this loss to those that are there."""
-        self.scaler.scale(loss).backward()
+        # The engine gives the mean over the processes, and theirs are parts of a sum
+        self.scaler.scale(loss * n_processes()).backward()
 
     def step(self, **figures: torch.Tensor):
         """One step along the gradients.
@@ -150,19 +165,25 @@ class GuardedOptimizer:
         FloatingPointError, before a weight has changed, if one of them or a gradient
         is not finite: see `clip_gradients`.
         """
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.model, self.max_grad_norm, self.scaler, figures)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with divided(self.model):
+            self.scaler.unscale_(self.optimizer)
+            clip_gradients(self.model, self.max_grad_norm, self.scaler, figures)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
     def state_dict(self) -> dict:
         """What a step depends on beside the weights."""
         states = {"optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in states.items()}
+        return {name: whole(part.state_dict()) for name, part in states.items()}
 
     def load_state_dict(self, state: dict):
         """Put back what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of_weights = {
+            i: {name: divided_like(x, weights[i]) for name, x in one.items()}
+            for i, one in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": of_weights})
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -173,20 +194,24 @@ def accumulate_gradients(
 
     The loss is a mean over the batch's response tokens, and comes with its figures, by
     name. Each piece (a micro-batch, of `ppo_micro_batch_size`) weighs as much as its
-    share of the tokens, so that the sum is that of the whole batch. Returns the
-    figures of the whole batch: means, and the largest of what ends in `_max`.
+    share of the tokens, so that the sum is that of the whole batch. Several processes
+    share the batch's rows among them. Returns the figures of the whole batch: means,
+    and the largest of what ends in `_max`.
     """
-    figures = {}
-    for piece in batch.pieces(settings.ppo_micro_batch_size):
+    figures, size = {}, settings.ppo_micro_batch_size
+    mine = batch if n_processes() == 1 else batch.rows(even_share(batch.lengths))
+    for end, piece in zip(count(size, size), mine.pieces(size), strict=False):
         share = piece.n_tokens / batch.n_tokens
-        value, found = loss(model, piece, settings)
+        value, found = inside(
+            model, partial(loss, model, piece, settings), syncs=end >= len(mine)
+        )
         optimizer.backward(value * share)
         for name, x in found.items():
             if name.endswith("_max"):
                 figures[name] = torch.maximum(figures.get(name, x), x).detach()
             else:
                 figures[name] = (figures.get(name, 0) + x * share).detach()
-    return figures
+    return everybodys(figures)
 
 
 def clip_gradients(
@@ -205,7 +230,7 @@ def clip_gradients(
     weights = {n: p for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights.values()])
     # Looked at all together, since the CPU waits for a GPU at each look
-    looked_at = (x.detach().to(norm.device) for x in (norm, *figures.values()))
+    looked_at = (x.detach().to(norm.device) for x in (whole(norm), *figures.values()))
     # A Mac's GPU has no float64, and then no number is of that type
     widest = torch.float32 if norm.device.type == "mps" else torch.float64
     numbers = [x.to(widest).flatten() for x in looked_at]
@@ -214,9 +239,10 @@ def clip_gradients(
             if not value.isfinite().all():
                 value = value[~value.isfinite()][0]
                 raise _not_finite(f"the {name.replace('_', ' ')}", value)
-        bad = {n: p.grad for n, p in weights.items() if not p.grad.isfinite().all()}
+        grads = {name: whole(p.grad) for name, p in weights.items()}
+        bad = {name: grad for name, grad in grads.items() if not grad.isfinite().all()}
         if not bad or not scaler.is_enabled() or scaler.get_scale() < 1:
-            name, grad = next(iter(bad.items()), ("all weights together", norm))
+            name, grad = next(iter(bad.items()), ("all weights together", whole(norm)))
             value = grad[~grad.isfinite()][0]
             many = f" (and of {len(bad) - 1} other weights)" if len(bad) > 1 else ""
             raise _not_finite(f"the gradient of {name}{many}", value)

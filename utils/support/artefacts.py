@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from utils.processes import first_goes_first, state_if_divided
 from utils.settings import PRESETS, as_written
 
 STAGES = ("sft", "reward_model", "policy")  # in the order of the notebooks
@@ -73,14 +74,21 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     `settings.json` stand beside the model.
     """
     folder = settings.folder / name
+    weights = state_if_divided(model)
+    with first_goes_first() as first:
+        if first:
+            _write(folder, settings, model, weights, tokenizer, metrics)
+    return folder
+
+
+def _write(folder, settings, model, weights, tokenizer, metrics):
     with replacing(folder) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, **weights)
         tokenizer.save_pretrained(unfinished)
         written = {"metrics": metrics, "settings": dataclasses.asdict(settings)}
         for file, content in written.items():
             text = json.dumps(content, indent=2) + "\n"
             (unfinished / f"{file}.json").write_text(text)
-    return folder
 
 
 def find_artefacts(settings, *names: str) -> list[str]:

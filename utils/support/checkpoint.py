@@ -16,6 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from utils.processes import (
+    divided,
+    divided_like,
+    first_goes_first,
+    this_process,
+    whole,
+)
 from utils.settings import as_written
 from utils.support.artefacts import set_aside
 from utils.support.fingerprint import fingerprint, fingerprints_of_code
@@ -90,7 +97,7 @@ def _state_of(part):
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, nn.Module):  # each weight once, also where two names share it
-        return {k: p for k, p in part.named_parameters() if p.requires_grad}
+        return whole({k: p for k, p in part.named_parameters() if p.requires_grad})
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
@@ -102,7 +109,7 @@ def _put_back(run, name, state):
     elif isinstance(part, nn.Module):
         for key, parameter in part.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(state[key])
+                parameter.copy_(divided_like(state[key], parameter))
     elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
     else:
@@ -199,6 +206,10 @@ class Checkpoint:
         Raises OSError if the disk cannot be read at the moment; the file stays as it
         is then.
         """
+        with first_goes_first():  # who renames the file, before others look for it
+            self._restore()
+
+    def _restore(self):
         path = self.path
         if not path.exists():
             print(f"PPO begins, and is saved every {self.every} rollouts to {path}")
@@ -218,8 +229,9 @@ class Checkpoint:
             kept = "" if finished else f"; renamed to {set_aside(path).name}"
             print(f"PPO begins anew: the run in {path} had {changes}{kept}")
             return
-        for name, part in state["run"].items():
-            _put_back(self.run, name, part)
+        with divided(self.run.policy):
+            for name, part in state["run"].items():
+                _put_back(self.run, name, part)
         _set_random_states(state["random"])
         self.saved = done
         print(f"PPO goes on after {done} of {self.total} rollouts, from {path}")
@@ -228,12 +240,17 @@ class Checkpoint:
     def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.
 
-        A disk that is full ends no training: it is a warning.
+        A disk that is full ends no training: it is a warning. Of several processes,
+        which all have the same run, the first one saves it.
         """
         done = len(self.run.history)
         if done == self.saved or (done % self.every and done != self.total):
             return
-        parts = {name: _state_of(part) for name, part in vars(self.run).items()}
+        with divided(self.run.policy):
+            parts = {name: _state_of(part) for name, part in vars(self.run).items()}
+        if this_process():
+            self.saved = done
+            return
         state = {"run": parts, "random": _random_states()}
         try:
             write_state(self.path, self.key, state)

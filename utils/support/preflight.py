@@ -16,6 +16,7 @@ from utils.inputs import check_context
 from utils.lora import adapter_names, using
 from utils.models import load_causal_lm, load_config
 from utils.practice import tiny_world
+from utils.processes import check_shares, divided, join, n_processes
 from utils.rollout import evaluate_responses, in_pieces, response_logprobs
 from utils.settings import load_settings, parse_field
 from utils.support.learning import ANYWAY, outlook
@@ -58,6 +59,8 @@ def prepare(artefact: str, preset: str = "", changes=()):
     changes = {name: parse_field(name, str(x)) for name, x in dict(changes).items()}
     settings = dataclasses.replace(settings, **changes)
     check_tracker(settings)
+    join(settings.device)
+    check_shares(n_processes(), settings)
     say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
     tiny_world.prepare(settings)
     name = settings.model_name
@@ -147,7 +150,8 @@ def _not_shared(models):
 def _optimised(policy, optimizer):
     groups = optimizer.optimizer.param_groups
     held = {id(p) for group in groups for p in group["params"]}
-    wanted = {id(p) for p in _trained(policy)}
+    with divided(policy):
+        wanted = {id(p) for p in _trained(policy)}
     missing, foreign = len(wanted - held), len(held - wanted)
     remedy = (
         f"the optimiser lacks {missing} of the policy's tensors and holds {foreign} "

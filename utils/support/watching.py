@@ -16,6 +16,7 @@ from IPython.display import display
 from tqdm import tqdm
 
 from utils.plots import plot_ppo
+from utils.processes import this_process
 from utils.settings import Settings
 from utils.support.learning import say_new_signs
 from utils.support.notebook import somebody_is_there
@@ -54,6 +55,8 @@ class Watch:
         Figures go under their names in the history, the first rollout being step 1;
         the texts of a moment are a table of prompt, response and reward.
         """
+        if this_process():
+            return
         say_new_signs(run)
         done = len(run.history)
         moments = run.snapshots.keys() - self._shown
