@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 from asyncio import InvalidStateError
 from pathlib import Path
@@ -14,10 +15,19 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from utils.evaluation import FIGURES, figures_table
+from utils.processes import MEETING
 from utils.settings import PRESETS, load_settings, parse_field
 from utils.support.artefacts import STAGES, notebook_of, write_text
 from utils.support.checkpoint import CHECKPOINT
 from utils.support.expected import expected
+from utils.support.launch import (
+    check,
+    is_one_of_several,
+    launch,
+    let_the_first_speak,
+    number,
+    report,
+)
 from utils.support.notebook import NOTEBOOKS, ROOT, SERIES
 
 # The figures of notebooks 1 and 2 by name: what each is, and how it is printed.
@@ -71,7 +81,9 @@ def execute(name: str, folder: Path, env: dict):
     manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
     with tqdm(total=len(notebook.cells), desc=name, unit="cell") as client.bar:
         try:
-            client.execute(env=env)
+            # What a kernel says itself, not a cell, is how it lost the other processes
+            quiet = {"stderr": subprocess.DEVNULL} if is_one_of_several() else {}
+            client.execute(env=env, **quiet)
             client.bar.update(client.bar.total - client.bar.n)
         except (AssertionError, AttributeError, InvalidStateError) as error:
             # At a Ctrl-C nbclient ends the kernel, and stumbles over that in many ways
@@ -94,7 +106,7 @@ def check_first_cell(name: str, settings):
         )
 
 
-def report(settings, notebooks) -> tuple[dict, str]:
+def measured(settings, notebooks) -> tuple[dict, str]:
     """What has been measured, by artefact; a table of what these notebooks made."""
     folder = ROOT / settings.folder
     found = {
@@ -133,12 +145,23 @@ def parse(argv):
         action="store_true",
         help="also write the outputs into the notebooks themselves",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many train together, on a GPU each if there are any",
+    )
     options = parser.parse_args(argv)
     numbers = NOTEBOOKS if options.only == "all" else options.only.split(",")
     if unknown := set(numbers) - set(NOTEBOOKS):
         parser.error(
             f"there is no notebook {' and no '.join(sorted(unknown))}; --only takes "
             f"all, or numbers of {','.join(NOTEBOOKS)} with commas between"
+        )
+    if options.processes > 1 and (others := set(numbers) - set(SERIES)):
+        parser.error(
+            f"--processes is for the notebooks {','.join(SERIES)}, and --only has "
+            f"{','.join(sorted(others))}"
         )
     options.notebooks = [NOTEBOOKS[n] for n in sorted(set(numbers))]
     # The older kernel that Colab has warns of Python's own modules without the second
@@ -152,6 +175,7 @@ def parse(argv):
             parse_field(field, value)
             options.env[f"RLHF_{field.upper()}"] = value
         options.settings = load_settings(options.preset, options.env)
+        check(options.processes, options.settings)
         for name in options.notebooks:
             check_first_cell(name, options.settings)
     except ValueError as error:
@@ -162,16 +186,31 @@ def parse(argv):
 def main(argv=None) -> int:
     """Run what the command line asks for; 1 if a cell failed or was cut off."""
     options = parse(argv)
+    if options.processes > 1 and not is_one_of_several():
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        return launch(options.processes, arguments, options.settings.device)
+    let_the_first_speak()
+    return run(options)
+
+
+def run(options) -> int:
+    """Execute the notebooks, and write and print what they measured."""
     folder = ROOT / options.settings.folder
     folder.mkdir(parents=True, exist_ok=True)
+    copies = folder / f"process-{number()}" if number() else folder
+    copies.mkdir(exist_ok=True)
     saved = options.settings.folder / CHECKPOINT
     if NOTEBOOKS["3"] in options.notebooks and (ROOT / saved).exists():
         print(f"PPO goes on from {saved}, if that is of this very run (one that has")
         print("finished is not trained again); to begin anew, delete the file")
     for name in options.notebooks:
+        options.env[MEETING] = name
         try:
-            execute(name, folder, options.env)
+            execute(name, copies, options.env)
         except (CellExecutionError, DeadKernelError) as error:
+            if is_one_of_several():
+                report(f"{name}: {getattr(error, 'evalue', '') or error}")
+                return 1
             # At a Ctrl-C the kernel dies, or an older one ends its cell first
             if getattr(error, "ename", "KeyboardInterrupt") != "KeyboardInterrupt":
                 print(
@@ -188,10 +227,12 @@ def main(argv=None) -> int:
                 file=sys.stderr,
             )
             return 1
-        if options.save_outputs:
+        if options.save_outputs and not number():
             executed = (folder / Path(name).name).read_text("utf8")
             write_text(ROOT / name, executed)
-    metrics, table = report(options.settings, options.notebooks)
+    if number():
+        return 0
+    metrics, table = measured(options.settings, options.notebooks)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if table:
         print(f"\n{table}")
