@@ -70,6 +70,15 @@ def test_the_stages_mark_where_the_learner_is(here):
     assert len(marked) == {0: 0, 1: 1, 2: 1, 3: 4}[here]
 
 
+def test_two_processes_meet_three_times():
+    figure = plots.plot_two_processes()
+    (axis,) = figure.axes
+    assert len(axis.lines) == 3 and len(axis.patches) == 8
+    for x in (line.get_xdata()[0] for line in axis.lines):
+        for bar in axis.patches:  # nobody works while they meet
+            assert not bar.get_x() < x < bar.get_x() + bar.get_width()
+
+
 def test_the_clipped_loss_is_flat_where_there_is_no_reason_to_go_on():
     left, right = plots.plot_clipping(0.2).axes
     for axis, flat in ((left, lambda x: x > 1.2), (right, lambda x: x < 0.8)):

@@ -91,7 +91,7 @@ def test_what_a_setting_changes_is_said_once_for_each():
     free = {"runs_dir", "ppo_micro_batch_size", "frontier_rollouts", "best_of_n"}
     free |= {"checkpoint_every", "device", "train_anyway", "race_rollouts", "log_to"}
     free |= {"preference_pairs", "preference_rollouts", "dpo_lr", "dpo_beta"}
-    free |= {"adapter_rollouts"}
+    free |= {"adapter_rollouts", "process_rollouts"}
     assert kinds["sft"] == common | sft
     assert kinds["reward_model"] == common | rm
     assert kinds["policy"] == fields - sft - rm - free - {"possible_samples"}

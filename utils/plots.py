@@ -438,6 +438,37 @@ def plot_stages(here: int = 0):
 
 
 @_described
+def plot_two_processes():
+    """One rollout and its update on two processes, from left to right: not to scale."""
+    figure, axis = _subplots(1, 1, (9.5, 2.6))
+    axis.set(xlim=(0, 12.4), ylim=(-0.1, 3))
+    axis.axis("off")
+    half = {"A": "first half", "B": "second half"}
+    for y, name, sampling in ((1.6, "A", 2.4), (0.4, "B", 3.0)):
+        axis.text(0, y + 0.35, name, va="center", fontsize=12)
+        blocks = [
+            (0.5, sampling, f"samples and scores\nits prompts: {half[name]}", BLUE)
+        ]
+        blocks.append((4.4, 1.9, "advantages\nof all", GREY))
+        for i, start in enumerate((6.5, 9.5), start=1):
+            text = f"gradient of its rows\nof minibatch {i}"
+            blocks.append((start, 2.1 if name == "A" else 1.9, text, RED))
+        for start, width, text, colour in blocks:
+            style = {"facecolor": "white", "edgecolor": colour}
+            axis.barh(y, width, 0.7, start, align="edge", **style)
+            middle = start + width / 2, y + 0.35
+            axis.text(*middle, text, ha="center", va="center", fontsize=8)
+    for x, text in (
+        (3.9, "gather: all have\nthe rollout"),
+        (8.9, "add"),
+        (11.9, "add"),
+    ):
+        axis.plot((x, x), (0.3, 2.4), color=GREEN, linewidth=3)
+        axis.text(x, 2.5, text, ha="center", color=GREEN, fontsize=9)
+    return figure
+
+
+@_described
 def plot_kl_estimators(pi: torch.Tensor, ref: torch.Tensor):
     """k1, k2 and k3 over the log-ratio; and mean and spread of each under pi (V,)."""
     figure, (left, right) = _axes(1, 2, width=4.8, height=3.4)

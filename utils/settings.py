@@ -115,6 +115,7 @@ class Settings:
     frontier_rollouts: int = setting(0, NOTHING, least=0)  # at each beta; 0: none
     race_rollouts: int = setting(0, NOTHING, least=0)  # of each estimator; 0: none
     adapter_rollouts: int = setting(0, NOTHING, least=0)  # in each layout; 0: none
+    process_rollouts: int = setting(0, NOTHING, least=0)  # by one and by two; 0: none
     # Preferences: pairs to learn from [pairs]; DPO's learning rate and price of KL
     preference_pairs: int = setting(1_000, NOTHING, least=20)
     preference_rollouts: int = setting(24, NOTHING)  # of PPO on the pairs' reward model
@@ -230,6 +231,7 @@ TINY = Settings(
     preference_rollouts=20,
     dpo_lr=3e-4,
     adapter_rollouts=10,
+    process_rollouts=4,
 )
 PRESETS = {"full": FULL, "tiny": TINY}
 

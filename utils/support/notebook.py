@@ -26,6 +26,7 @@ NOTEBOOKS = {  # in the order of the lessons, by number
     "5": "more/5-Preferences.ipynb",
     "6": "more/6-Frontier.ipynb",
     "7": "more/7-Adapters.ipynb",
+    "8": "more/8-Many Processes.ipynb",
     "9": "more/9-Use It.ipynb",
 }
 MEANT_FOR_PEOPLE = (torch.OutOfMemoryError, KeyboardInterrupt)
