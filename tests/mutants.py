@@ -16,7 +16,7 @@ import nbformat
 import torch
 from torch import nn
 
-from tests import test_evaluation, test_loop, test_preflight
+from tests import test_evaluation, test_lesson_5, test_loop, test_preflight
 from utils import estimators, lora, ppo, preferences, training
 from utils.data import lm_labels
 from utils.models import RewardHead, ValueHead, hidden_states
@@ -947,8 +947,8 @@ LOOP_CELLS = test_loop.CELLS
 
 
 @functools.cache
-def loop_sources(cell_id):
-    cells = nbformat.read(ROOT / "3-RLHF.ipynb", as_version=4).cells
+def loop_sources(cell_id, notebook="3-RLHF.ipynb"):
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
     (source,) = (cell.source for cell in cells if cell.id == cell_id)
     return source
 
@@ -1166,6 +1166,26 @@ change_loop(
     "    policy.train()\n    for batch in rollout",
     "dropout during the update",
     test_loop.test_the_update_changes_the_policy_and_nothing_else,
+)
+
+
+def dropout_in_dpo(wrong):
+    """DPO's loop in notebook 5, with the policy in training mode."""
+    loop = test_lesson_5.dpo_loop()
+    if wrong:
+        source = loop_sources("train-dpo", test_lesson_5.LESSON)
+        exec(changed_source(source, "lm.eval()", "lm.train()"), loop)
+    test_lesson_5.test_before_the_first_step_there_is_no_margin(loop)
+
+
+LOOP.append(
+    LoopMutant(
+        "DPO: dropout on",
+        "test_lesson_5: before_the_first_step_there_is_no_margin",
+        dropout_in_dpo,
+        AssertionError,
+        "dropout is on",
+    )
 )
 
 

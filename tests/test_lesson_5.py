@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.test_rollout import EOS, small_lm
 from utils.data import load_tokenizer, pair_tokens
-from utils.models import load_causal_lm
+from utils.models import freeze, load_causal_lm
 from utils.practice.exact_world import ExactWorld
 from utils.settings import TINY
 from utils.support.notebook import NOTEBOOKS, import_cells
@@ -36,6 +37,43 @@ def test_log_probabilities_of_pairs_are_those_of_each_text_alone(world):
                 places = range(len(prompt) - 1, ids.shape[1] - 1)
                 alone = sum(logprobs[t, ids[0, t + 1]] for t in places)
                 assert found[i, j].item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+class Letters:
+    """A tokenizer to which each letter is a token; a is EOS."""
+
+    eos_token, eos_token_id = "a", EOS
+
+    def __call__(self, texts, **_):
+        if isinstance(texts, list):
+            return {"input_ids": [self(text)["input_ids"] for text in texts]}
+        return {"input_ids": [ord(letter) - ord("a") for letter in texts]}
+
+
+def dpo_loop():
+    """The loop of DPO, for a very small model."""
+    names = {"settings": TINY, "device": torch.device("cpu"), "eos_id": EOS}
+    names |= {"lesson3": SimpleNamespace(reference=freeze(small_lm()))}
+    names |= {"tokenizer": Letters()}
+    return import_cells(LESSON, "pair-logprobs", "train-dpo", names=names)
+
+
+@pytest.fixture(scope="module")
+def loop():
+    return dpo_loop()
+
+
+def test_before_the_first_step_there_is_no_margin(loop):
+    """Also for a model that comes in training mode, with dropout."""
+    pairs = [
+        {"prompt": "bc", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in (("def", "e"), ("ghi", "jj"), ("d", "ib"))
+    ]
+    lm = small_lm().train()
+    (first, *rest) = loop["train_dpo"](lm, pairs, beta=0.5, seed=0, epochs=3)
+    implicit = first["chosen_reward"], first["rejected_reward"], first["margin"]
+    assert implicit == pytest.approx((0, 0, 0), abs=1e-9), "dropout is on"
+    assert rest[-1]["margin"] > 1e-4  # and then it learns
 
 
 @pytest.fixture(scope="module")
