@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -131,3 +132,16 @@ def jupyter_lab(folder, environ):
     command += [f"--LabApp.check_for_updates_class={never}"]
     with process(command, cwd=folder, env=environ) as server:
         yield line_of(server, r"(http://127\.0\.0\.1:\d+)/lab")
+
+
+@contextmanager
+def classic_notebook(folder, environ):
+    """The address of a classic notebook server, likewise: `notebook` before 7."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "notebook", "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--ip=127.0.0.1", f"--notebook-dir={folder}"]
+    command += ["--NotebookApp.token=", "--NotebookApp.password="]
+    with process(command, cwd=folder, env=environ) as server:
+        yield line_of(server, r"(http://127\.0\.0\.1:\d+)/")
