@@ -1,5 +1,7 @@
-"""The functions of notebook 5 that no other file has, against plain ones."""
+"""The functions of notebook 5 that no other file has, and a person's way through it."""
 
+import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 
 from tests.test_rollout import EOS, small_lm
 from utils.data import load_tokenizer, pair_tokens
+from utils.labelling import Labeller, describe
 from utils.models import freeze, load_causal_lm
 from utils.practice.exact_world import ExactWorld
+from utils.preferences import read_pairs
 from utils.settings import TINY
 from utils.support.notebook import NOTEBOOKS, import_cells
 
@@ -102,3 +106,43 @@ def test_sampled_pairs_come_as_often_as_they_should(exact):
     )[tuple(every)]
     squares = ((counts - n * chances) ** 2 / (n * chances)).sum().item()
     assert 209 - 5 * (2 * 209) ** 0.5 < squares < 209 + 5 * (2 * 209) ** 0.5
+
+
+PARTS = {
+    "before": "loop sample-pairs pairs questions utility label-few label-mine label",
+    "after": "label-mine label-all split both-texts ceiling train-on-pairs "
+    "reward-from-pairs ppo-on ppo pair-logprobs train-dpo dpo dpo-plot second table",
+}
+BRIEF = {"preference_pairs": 60, "preference_rollouts": 1, "ppo_rollout_size": 64}
+BRIEF |= {"ppo_episodes": 64, "normalise_samples": 64, "eval_prompts": 32}
+
+
+def test_a_person_labels_and_the_rest_learns_from_that_alone(series, tmp_path, capsys):
+    """Forty answers, some of them skipped; by somebody who likes long texts."""
+    folder, _ = series
+    for artefact in ("sft", "reward_model"):
+        shutil.copytree(folder / artefact, tmp_path / "tiny" / artefact)
+    settings = dataclasses.replace(TINY, runs_dir=str(tmp_path), **BRIEF)
+    names = {"settings": settings, "device": torch.device("cpu"), "LABELS": "mine"}
+    five = import_cells(LESSON, *PARTS["before"].split(), names=names)
+    path = tmp_path / "tiny" / "preferences" / "mine" / "pairs.jsonl"
+    with pytest.raises(FileNotFoundError, match="no file .*mine.*; label some first"):
+        import_cells(LESSON, "label-all", names=five)
+    person = Labeller(five["questions"], path)
+    while (q := person.question) and person.done < 40:
+        longer = len(q.left) - len(q.right)
+        person.answer("s" if not longer else "1" if longer > 0 else "2")
+    theirs, _ = read_pairs(path)
+    assert 30 <= len(theirs) <= 36 and person.report()["repeated"] >= 3
+
+    capsys.readouterr()
+    five = import_cells(LESSON, *PARTS["after"].split(), names=five)
+    said = capsys.readouterr().out
+    assert f"you: {describe(person.report())}" in said
+    assert five["labelled"] == theirs  # nobody else's
+    assert len(five["train_pairs"]) + len(five["test_pairs"]) == len(theirs)
+    # what was kept back of them is what counts, not the simulated labeller's utility
+    scores = five["scores"]
+    guessed = (scores[:, 0] > scores[:, 1]).double().mean().item()
+    assert five["ceiling"] == 1 and five["reached"] == pytest.approx(guessed)
+    assert "PPO on the pairs" in said and "second round" not in said

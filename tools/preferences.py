@@ -1,19 +1,22 @@
 """Learning from pairs, over several seeds: `python -m tools.preferences`.
 
 What `more/5-Preferences.ipynb` shows beside its own run: the learning curve of the
-reward model on pairs in the tiny world, three seeds; and DPO in five exact worlds, with
-PPO beside it. The functions are the notebook's. It takes the SFT model and the reward
-model of `runs/tiny`, and writes `docs/preferences.json`.
+reward model on pairs in the tiny world, three seeds, and notebook 3's whole run of PPO
+on the last of each; and DPO in five exact worlds, with PPO beside it. The functions are
+the notebook's. It takes the SFT model and the reward model of `runs/tiny`, and writes
+`docs/preferences.json`.
 """
 
 import argparse
+import dataclasses
 import json
 from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
 
-from tools.race import in_parallel, rounded, silent
+from tools.race import MODELS, in_parallel, rounded, silent
+from utils.models import freeze
 from utils.practice import exact_world
 from utils.preferences import agreement_with_labeller, split_by_prompt
 from utils.settings import TINY
@@ -28,7 +31,12 @@ WORLDS = range(5)
 EXACT_BETAS, EXACT_BETA = (0.25, 0.5, 1.0), 0.5
 # Pairs, and of PPO about as many responses (two to a pair) in rollouts of
 SAMPLED = ((500, 1_024, 64), (5_000, 9_984, 256))
+# Of all that can be had, so many to measure on: a share of 95 % is then known to half a
+# point
+MEASURED_ON = 0.5
 FUNCTIONS = ("sample-pairs", "utility", "label", "both-texts", "train-on-pairs")
+FUNCTIONS += ("ppo-on",)
+FIGURES = ("exactly_positive", "exactly_grammatical", "kl", "reward", "distinct_2")
 
 
 def lesson() -> SimpleNamespace:
@@ -37,8 +45,7 @@ def lesson() -> SimpleNamespace:
     silent()
     settings, device = prepare("policy", TINY.preset)
     names = {"settings": settings, "device": device}
-    models = ("load", "prompts", "prompts-of", "score", "score-function")
-    cells = (*models, "judges")
+    cells = (*MODELS, *LOOP, "judges", "evaluate")
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
     names |= {"lesson3": three, "tokenizer": three.tokenizer, "eos_id": three.eos_id}
     return SimpleNamespace(**import_cells(LESSON, *FUNCTIONS, names=names))
@@ -46,16 +53,16 @@ def lesson() -> SimpleNamespace:
 
 def pairs_of(five, seed) -> tuple[list[dict], list[dict]]:
     """Pairs to learn from and to measure on, sampled and labelled with this seed."""
-    n = 3 * SIZES[-1] // 2
-    pairs = five.sample_pairs(
-        five.lesson3.reference, five.lesson3.train_prompts[:n], seed
-    )
-    train, test = split_by_prompt(five.label(pairs, seed), 1 / 6, seed)
+    pairs = five.sample_pairs(five.lesson3.reference, five.lesson3.train_prompts, seed)
+    train, test = split_by_prompt(five.label(pairs, seed), MEASURED_ON, seed)
     return train[: SIZES[-1]], test
 
 
 def curve(seed) -> dict:
-    """One seed: agreement with the labeller on new prompts, by the number of pairs."""
+    """One seed: agreement with the labeller on new prompts, by the number of pairs.
+
+    And the figures of PPO on the reward model that learnt from the most.
+    """
     five = lesson()
     train, test = pairs_of(five, seed)
     texts = five.both_texts(test)
@@ -70,7 +77,10 @@ def curve(seed) -> dict:
     for size in SIZES:
         model, _ = five.train_on_pairs(train[:size], seed)
         found["agreement"][str(size)] = agreement(model)[0]
-    return found
+    own = dataclasses.replace(five.settings, seed=seed)
+    run = five.ppo_on(freeze(model), own)
+    figures, _ = five.lesson3.evaluate(run.policy, show_progress=False)
+    return {**found, "ppo": {name: figures[name] for name in FIGURES}}
 
 
 def exact(seed) -> dict[str, dict[str, float]]:

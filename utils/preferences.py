@@ -209,8 +209,8 @@ def split_by_prompt(
     held_out = set(prompts[: round(share * len(prompts))])
     if not 0 < len(held_out) < len(prompts):
         raise ValueError(
-            f"a share of {share} of {len(prompts)} prompts leaves nothing on one side; "
-            "label pairs of more prompts, or change the share"
+            f"a share of {share:.2g} of {len(prompts)} prompts leaves nothing on one "
+            "side; label pairs of more prompts, or change the share"
         )
     parts = [], []
     for pair in pairs:
