@@ -1,10 +1,13 @@
 """The tool that measures learning from pairs, with the runs pretended."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tools import preferences
+from utils.settings import TINY
 
 
 @pytest.fixture
@@ -55,3 +58,59 @@ def test_what_cannot_be_run_is_said_before(pretended, capsys):
             preferences.main(arguments)
         assert says in capsys.readouterr().err
     assert pretended == dict.fromkeys(pretended, [])
+
+
+def test_the_curve_ends_in_ppo_on_the_model_of_the_most_pairs(monkeypatch):
+    """A model that has seen 4 pairs or fewer guesses; a better text is worth 3 nats."""
+    learnt_from, ran = [], []
+
+    def sample_pairs(lm, prompts, seed):
+        assert (lm, seed) == ("the SFT model", 7)
+        return [(prompt, " good", " bad") for prompt in prompts]
+
+    def train_on_pairs(pairs, seed):
+        learnt_from.append({pair["prompt"] for pair in pairs})
+        model = torch.nn.Linear(1, 1)
+        model.pairs = len(pairs)
+        return model, []
+
+    def score_texts(model, texts):
+        assert not {text.split()[0] for text in texts} & set().union(*learnt_from)
+        right = getattr(model, "pairs", 99) > 4
+        return torch.tensor([float(right and "good" in text) for text in texts])
+
+    def ppo_on(model, settings):
+        ran.append((model.pairs, settings.seed, settings.ppo_episodes))
+        assert not any(p.requires_grad for p in model.parameters())
+        return SimpleNamespace(policy="the policy")
+
+    def evaluate(policy, show_progress):
+        assert policy == "the policy"
+        return dict.fromkeys((*preferences.FIGURES, "length"), 0.5), []
+
+    names = ("prompt", "chosen", "rejected")
+    five = SimpleNamespace(
+        sample_pairs=sample_pairs,
+        label=lambda pairs, seed: [dict(zip(names, p, strict=True)) for p in pairs],
+        both_texts=lambda pairs: [p["prompt"] + p[x] for p in pairs for x in names[1:]],
+        utility=lambda texts: torch.tensor([3.0 * ("good" in text) for text in texts]),
+        train_on_pairs=train_on_pairs,
+        score_texts=score_texts,
+        ppo_on=ppo_on,
+        settings=TINY,
+        lesson3=SimpleNamespace(
+            reference="the SFT model",
+            reward_model="that of notebook 2",
+            train_prompts=[f"film-{i}" for i in range(40)],
+            evaluate=evaluate,
+        ),
+    )
+    monkeypatch.setattr(preferences, "lesson", lambda: five)
+    monkeypatch.setattr(preferences, "SIZES", (4, 8, 16))
+    found = preferences.curve(7)
+    right = torch.sigmoid(torch.tensor(3.0)).item()
+    assert found["agreement"] == pytest.approx({"4": 0.5, "8": right, "16": right})
+    assert found["labels"] == found["ceiling"] == pytest.approx(right)
+    assert [len(prompts) for prompts in learnt_from] == [4, 8, 16]
+    assert ran == [(16, 7, TINY.ppo_episodes)]
+    assert found["ppo"] == dict.fromkeys(preferences.FIGURES, 0.5)
