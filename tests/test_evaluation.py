@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import nbformat
@@ -10,6 +11,7 @@ from tests.test_rollout import EOS, small_lm
 from utils.data import load_tokenizer
 from utils.evaluation import (
     FIGURES,
+    best_of_n,
     best_possible,
     distinct_n,
     figures_table,
@@ -187,6 +189,36 @@ def test_the_best_possible_is_that_of_the_exact_world(kl_coef):
     assert found["score"] == pytest.approx(exact, abs=0.02)
     kl = (best * (log_best.detach() - ref.log())).sum().item()
     assert found["kl"] == pytest.approx(kl, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_n_is_what_all_draws_of_n_give(n):
+    """Each of the 15^n in the exact world, where eight responses score the same."""
+    world = ExactWorld(seed=3)
+    ref, scores = world.logprobs(world.reference).detach(), world.scores
+    expected = torch.zeros(15, dtype=torch.float64)
+    for drawn in itertools.product(range(15), repeat=n):
+        # of equal ones the first: they come in any order
+        best = max(drawn, key=lambda i: scores[i].item())
+        expected[best] += ref[list(drawn)].sum().exp()
+    found = best_of_n(ref, scores, n)
+    torch.testing.assert_close(found.exp(), expected, atol=1e-12, rtol=0)
+    # Of several prompts at once, each is as it is alone
+    rows = best_of_n(torch.stack([ref, ref.flip(0)]), torch.stack([scores, -scores]), n)
+    torch.testing.assert_close(rows[0], found)
+    torch.testing.assert_close(rows[1], best_of_n(ref.flip(0), -scores, n))
+
+
+def test_best_of_n_reaches_its_bound_where_no_response_is_likely():
+    """log n - (n - 1) / n; and none of it where all score the same."""
+    many, n = 300, 16
+    log_ref = torch.full((many,), -math.log(many), dtype=torch.float64)
+    found = best_of_n(log_ref, torch.arange(many), n)
+    kl = (found.exp() * (found - log_ref)).sum().item()
+    assert 0 < math.log(n) - (n - 1) / n - kl < 2e-4
+    torch.testing.assert_close(best_of_n(log_ref, torch.zeros(many), n), log_ref)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of_n(log_ref, torch.arange(many), 0)
 
 
 def test_the_share_is_0_for_the_reference_and_1_for_the_best():

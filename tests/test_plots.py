@@ -51,6 +51,18 @@ def test_no_label_of_the_frontier_hides_another_or_a_point(n):
             assert not any(box.contains(x, y) for box in labels)
 
 
+def test_the_frontier_of_several_runs_has_bars_as_wide_as_its_intervals():
+    """Horizontal ones for the KL, vertical ones for the shares; none for one run."""
+    place = {"label": "1", "kl": 2.0, "shares": {"a": 0.5, "b": 0.7}}
+    bars = {"kl_95": 0.3, "shares_95": {"a": 0.1, "b": 0.2}}
+    lines = {"ppo": [place | bars, place | bars | {"kl": 3.0}], "run": [place]}
+    for axis, half in zip(plots.plot_frontier(lines).axes, (0.1, 0.2), strict=True):
+        drawn = [c.get_segments() for c in axis.collections]
+        widths = [ends[1] - ends[0] for bar in drawn for ends in bar]
+        sizes = sorted(tuple(round(float(x), 6) for x in size) for size in widths)
+        assert sizes == [(0, 2 * half)] * 2 + [(0.6, 0)] * 2
+
+
 def test_every_curve_is_drawn_over_its_healthy_range():
     history = [{name: 0.01 * step for name, *_ in plots.CURVES} for step in range(5)]
     figure = plots.plot_ppo(history, history[:3])

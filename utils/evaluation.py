@@ -150,6 +150,33 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
     return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
 
 
+def best_of_n(logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Log-probabilities (..., K) of K responses after best-of-n.
+
+    Of n responses drawn from a policy, that with the highest score is kept; among
+    equal scores chance decides. With F(s) the policy's chance of a score of at most s,
+    F(s-) of one below s, and p(s) = F(s) - F(s-),
+
+        pi_n(y) = pi(y) / p(R(y)) * (F(R(y))^n - F(R(y)-)^n)
+
+    (Beirami et al. 2024, arXiv 2401.01879, where no two scores are equal). `logprobs`
+    (..., K) and `scores` are those of all responses; or of a sample, each with -log K.
+    Raises ValueError if n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}; 1 is the policy itself")
+    mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)
+    each = logprobs.double().unsqueeze(-2)
+
+    def log_chance(which):
+        return each.masked_fill(~which, -math.inf).logsumexp(dim=-1)
+
+    up_to, below = log_chance(others <= mine), log_chance(others < mine)
+    # log(F^n - F-^n), where the powers alone might be too small for a float
+    kept = n * up_to + (-torch.expm1(n * (below - up_to))).log()
+    return logprobs + kept - log_chance(others == mine)
+
+
 # 97.5 % of Student's t with n - 1 degrees of freedom lie below it, by n
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 T_975 |= {9: 2.306, 10: 2.262}

@@ -16,6 +16,7 @@ from utils.evaluation import interval_95
 from utils.ppo import kl_estimate
 
 BLUE, RED, GREY, GREEN = "#3b6fb6", "#c8553d", "#8a8a8a", "#4c9f70"
+PURPLE = "#8558a8"
 
 # The curves of PPO: the key in the history, the title, the unit, and what is healthy
 CURVES = [
@@ -366,19 +367,32 @@ def plot_memory(found: dict[str, dict[str, float]], line: float = 0):
 def plot_frontier(points: dict[str, list[dict]]):
     """What each judge calls positive against the KL spent, for each way to spend it.
 
-    `points` maps the name of a way, four at most, to points with a `label`, a `kl` in
-    nats, and `shares`: the share of texts that each judge calls positive. The fourth is
-    a dashed line.
+    `points` maps the name of a way to points with a `label`, a `kl` in nats, and
+    `shares`: the share of texts that each judge calls positive; where several runs
+    were averaged, half the widths of their intervals as `kl_95` and `shares_95`. A way
+    of one point is a star, and the best possible a dashed line.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
     figure, axes = _axes(1, len(judges), width=4.2, height=3.8)
-    styles = [(BLUE, "o-"), (RED, "s-"), ("black", "*"), (GREY, "d--")]
+    styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
+    drawn = {
+        way: ("black", "*")
+        if len(line) == 1
+        else (GREY, "d--")
+        if way.startswith("best possible")
+        else next(styles)
+        for way, line in points.items()
+    }
     for axis, judge in zip(figure.axes, judges, strict=True):
-        for (way, line), (colour, style) in zip(points.items(), styles, strict=False):
-            line = sorted(line, key=lambda point: point["kl"])
+        for way, (colour, style) in drawn.items():
+            line = sorted(points[way], key=lambda point: point["kl"])
             places = [(point["kl"], point["shares"][judge]) for point in line]
             x, y = zip(*places, strict=True)
             axis.plot(x, y, style, markersize=7, color=colour, label=way)
+            if "kl_95" in line[0]:
+                widths = [(one["shares_95"][judge], one["kl_95"]) for one in line]
+                bars = {"ecolor": colour, "elinewidth": 1, "alpha": 0.5}
+                axis.errorbar(x, y, *zip(*widths, strict=True), fmt="none", **bars)
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
         axis.sharey(figure.axes[0])
         axis.margins(x=0.15, y=0.15)
@@ -386,7 +400,7 @@ def plot_frontier(points: dict[str, list[dict]]):
     figure.axes[-1].legend(frameon=False, loc="lower right")
     figure.canvas.draw()  # from here on it is known where everything stands
     for axis, judge in zip(figure.axes, judges, strict=True):
-        _label_points(axis, judge, points, [colour for colour, _ in styles])
+        _label_points(axis, judge, points, [colour for colour, _ in drawn.values()])
     return figure
 
 
