@@ -65,6 +65,7 @@ def test_the_search_chooses_and_each_point_has_its_interval(pretended, tmp_path)
     lengths = {name: len(prices) for name, prices in frontier.PRICES.items()}
     lengths |= {"best-of-n": 2, "best possible": 1}
     assert {name: len(line) for name, line in points.items()} == lengths
+    assert tuple(points) == frontier.WAYS
     # The seeds 0, 1, 2: mean 1, s = 1, and Student's t of two degrees of freedom
     half = 4.303 / 3**0.5
     first = points["PPO"][0]

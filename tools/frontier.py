@@ -34,6 +34,7 @@ PRICES = {
     "RLOO": (0.3, 0.1, 0.03, 0.0),
     "DPO": (1.0, 0.3, 0.1, 0.03),
 }
+WAYS = ("PPO", "best-of-n", "RLOO", "DPO", "best possible")
 # DPO's learning rate, passes over its pairs, and pairs to a step: all tried once
 TRIED = list(itertools.product((1e-4, 3e-4), (1, 3), (8, 32)))
 SEARCH_SEED, SEARCH_PRICE, UTILITY = 100, 0.3, 3.0
@@ -166,17 +167,21 @@ def main(argv=None):
     raced = json.loads((ROOT / race.RESULTS).read_text("utf8"))["chosen"]
     chosen = {name: raced[name] for name in ("PPO", "RLOO")}
     chosen["DPO"] = max(tried, key=tried.get)
-    runs = [(price, *chosen["DPO"]) for price in PRICES["DPO"]]
     seeds, tasks = range(options.seeds), {}
     for seed in seeds:
         for name in ("PPO", "RLOO"):
             tasks[name, seed] = (online, name, PRICES[name], seed, *chosen[name])
+        runs = [(price, *chosen["DPO"]) for price in PRICES["DPO"]]
         tasks["DPO", seed] = (offline, runs, seed)
         tasks["untrained", seed] = (untrained, seed)
     found = in_parallel(options.jobs, "frontier", tasks)
-    lines = {name: [found[name, seed] for seed in seeds] for name in PRICES}
-    for name in found["untrained", 0]:
-        lines[name] = [found["untrained", seed][name] for seed in seeds]
+    points = {}
+    for name in WAYS:
+        lines = (
+            found[name, s] if name in PRICES else found["untrained", s][name]
+            for s in seeds
+        )
+        points[name] = [over_seeds(some) for some in zip(*lines, strict=True)]
     results = {
         "seeds": options.seeds,
         "responses": RESPONSES,
@@ -185,10 +190,7 @@ def main(argv=None):
             f"learning rate {rate:g}, {passes} passes, {size} pairs a step": aim
             for (rate, passes, size), aim in tried.items()
         },
-        "points": {
-            name: [over_seeds(some) for some in zip(*points, strict=True)]
-            for name, points in lines.items()
-        },
+        "points": points,
     }
     write_text(ROOT / RESULTS, json.dumps(rounded(results)) + "\n")
     print(f"{RESULTS}: {chosen}")

@@ -375,14 +375,14 @@ def plot_frontier(points: dict[str, list[dict]]):
     judges = list(next(iter(points.values()))[0]["shares"])
     figure, axes = _axes(1, len(judges), width=4.2, height=3.8)
     styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
-    drawn = {
-        way: ("black", "*")
-        if len(line) == 1
-        else (GREY, "d--")
-        if way.startswith("best possible")
-        else next(styles)
-        for way, line in points.items()
-    }
+    drawn = {}
+    for way, line in points.items():
+        if len(line) == 1:
+            drawn[way] = ("black", "*")
+        elif way.startswith("best possible"):
+            drawn[way] = (GREY, "d--")
+        else:
+            drawn[way] = next(styles)
     for axis, judge in zip(figure.axes, judges, strict=True):
         for way, (colour, style) in drawn.items():
             line = sorted(points[way], key=lambda point: point["kl"])
