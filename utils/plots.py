@@ -397,7 +397,16 @@ def plot_frontier(points: dict[str, list[dict]]):
         axis.sharey(figure.axes[0])
         axis.margins(x=0.15, y=0.15)
     figure.axes[0].set_ylabel("share judged positive")
-    figure.axes[-1].legend(frameon=False, loc="lower right")
+    places = [place for line in points.values() for place in line]
+    averaged = any("kl_95" in place for place in places)
+    if averaged:  # the points fix the axis: a bar may be longer than it
+        ends = [pick(place["kl"] for place in places) for pick in (min, max)]
+        margin = 0.15 * (ends[1] - ends[0])
+        limits = (ends[0] - margin, ends[1] + margin)
+        for axis in figure.axes:
+            axis.set_xlim(limits)
+    # where there is room
+    figure.axes[0 if averaged else -1].legend(frameon=False, loc="lower right")
     figure.canvas.draw()  # from here on it is known where everything stands
     for axis, judge in zip(figure.axes, judges, strict=True):
         _label_points(axis, judge, points, [colour for colour, _ in drawn.values()])
