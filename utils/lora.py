@@ -41,7 +41,10 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """s B A x, in the adapter's own precision unless autocast has another."""
-        return self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.weight.dtype)
+        # The scale where it is cheap: r numbers instead of out
+        return self.lora_B(self.scale * self.lora_A(x))
 
 
 class EmbeddingAdapter(nn.Module):
@@ -109,8 +112,9 @@ def merged_weight(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tenso
 
 
 def _sizes(layer) -> tuple[int, int]:
-    size_out, size_in = layer.weight.shape
-    return (size_out, size_in) if _stores_transposed(layer) else (size_in, size_out)
+    if isinstance(layer, nn.Linear):  # also one in 4 bits, of another shape
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)
 
 
 def _adapted(model) -> dict[str, AdaptedLayer]:
@@ -276,8 +280,8 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
 
     Added up in float32. Without any adapter left, the layers are plain ones again, and
     all weights can be trained. Raises ValueError if there is no adapter of this name,
-    or if it stands beside an embedding whose weight is the projection to the
-    vocabulary, too, which would change with it.
+    if a layer holds its weights in 4 bits, or if the adapter stands beside an embedding
+    whose weight is the projection to the vocabulary, too, which would change with it.
     """
     _check_known(model, name)
     head = model.get_output_embeddings()
@@ -287,6 +291,11 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
             raise ValueError(
                 f"{path} has one weight with the projection to the vocabulary, which "
                 f"merging {name!r} would change; leave it on, or give it other targets"
+            )
+        if name in layer.adapters and not layer.base.weight.is_floating_point():
+            raise ValueError(
+                f"{path} holds its weights in 4 bits, which cannot take up {name!r}; "
+                "merge it into the model they were rounded from"
             )
     for path, layer in _adapted(model).items():
         if name in layer.adapters:

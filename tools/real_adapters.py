@@ -1,0 +1,233 @@
+"""PPO on one base, with a real model: `python -m tools.real_adapters`.
+
+What `tools.real_run` did with three models, done again with the weights of one: on its
+SFT model a reward adapter is trained, and then a policy adapter (layout 2 of
+`more/7-Adapters.ipynb`, by that notebook's functions). SFT is not done again, so that
+both ways begin at the same model and differ in nothing but the adapters; and full
+fine-tuning's reward model and judge look at both.
+
+Each stage is a process of its own, of which seconds and memory are measured. What is
+there is not done again, and PPO goes on from its checkpoint. The figures go to
+`docs/real-run/adapters.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import save_file
+
+from tools.race import rounded
+from tools.real_run import FOLDER, RUNS, run_measured
+from utils.data import load_tokenizer
+from utils.lora import load_adapter, save_adapter
+from utils.models import PolicyWithValueHead, freeze, load_causal_lm
+from utils.settings import FULL, Settings, parse_field
+from utils.support.artefacts import write_text
+from utils.support.checkpoint import Checkpoint
+from utils.support.notebook import LOOP, ROOT, import_cells
+from utils.support.preflight import preflight, prepare
+from utils.training import seed_everything
+
+RESULTS = FOLDER / "adapters.json"
+OURS = Path("runs/real-adapters")
+LESSON = "more/7-Adapters.ipynb"
+BUILD = ("reward-adapter", "reward-on", "build", "fresh-adapter-run")
+START = ("prompts", "prompts-of", "score", "score-function", *LOOP)
+ON_THE_BASE = "on-the-sft-model"  # what notebook 7 calls the reward adapter of layout 2
+RANK = 16  # of the policy's adapter
+# Ten times full fine-tuning's; notebook 7 takes three times rm_lr
+RATES = {"rm_lr": 10 / 3 * FULL.rm_lr, "ppo_lr": 10 * FULL.ppo_lr}
+
+
+def lesson7(ours: Settings, device, lesson3) -> SimpleNamespace:
+    """Layout 2 of notebook 7, with these settings, and `lesson3` for notebook 3."""
+    names = {"settings": ours, "device": device, "lesson3": lesson3}
+    return SimpleNamespace(**import_cells(LESSON, *BUILD, names=names))
+
+
+def train_reward(theirs: Settings, ours: Settings, device):
+    """A reward adapter on the SFT model, with its accuracy beside it."""
+    seven = lesson7(ours, device, None)
+    place = seven.ADAPTERS / ON_THE_BASE
+    accuracy = seven.train_reward_adapter(str(theirs.folder / "sft"), place)
+    metrics = json.loads((theirs.folder / "reward_model/metrics.json").read_text())
+    known = {key: metrics[key] for key in ("baseline", "validation_rows")}
+    metrics = {**known, "after": {"accuracy": accuracy}}
+    write_text(place / "metrics.json", json.dumps(metrics))
+
+
+def train_policy(theirs: Settings, ours: Settings, device):
+    """A policy adapter by PPO, with nothing in memory but one base and two adapters."""
+    sft_folder = str(theirs.folder / "sft")
+    tokenizer, three = load_tokenizer(sft_folder), SimpleNamespace()
+    three.sft_folder = sft_folder
+    seven = lesson7(ours, device, three)
+    seed_everything(ours.seed)
+    policy, reference, reward_model, _ = seven.build(2, RANK)
+    names = {"settings": ours, "device": device, "tokenizer": tokenizer}
+    names |= {"reference": reference, "reward_model": reward_model}
+    vars(three).update(import_cells("3-RLHF.ipynb", *START, names=names))
+
+    run, models = seven.fresh_adapter_run(policy, ours), (reference, three.score)
+    few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
+    rest = (three.eos_id, ours)
+    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
+    run.generator.manual_seed(ours.seed)  # as notebook 3 does
+    place = seven.ADAPTERS / ON_THE_BASE
+    checked = (run.policy, reference, reward_model, run.optimizer, trial, tokenizer)
+    preflight(*checked, ours, three.sft_responses, place)
+
+    how = (three.ppo_advantages, three.ppo_update)
+    inputs = {"reference": reference, "reward model": reward_model}
+    checkpoint = Checkpoint(run, ours, how, inputs)
+    checkpoint.restore()
+
+    def pause(step):
+        checkpoint.save()
+
+    three.train(run, *models, three.prompts_of, *rest, *how, pause)
+    save_adapter(run.policy.lm, "policy", seven.ADAPTERS / "policy")
+    head = run.policy.value_head.state_dict()
+    save_file(head, seven.ADAPTERS / "policy/value_head.safetensors")
+    now = reference.state_dict().items()
+    saved = load_causal_lm(sft_folder).state_dict()
+    moved = sum(not torch.equal(weight.cpu(), saved[name]) for name, weight in now)
+    metrics = {"ppo_seconds": run.seconds, "moved": moved, "history": run.history}
+    write_text(seven.ADAPTERS / "policy/metrics.json", json.dumps(metrics))
+
+
+def judge(theirs: Settings, ours: Settings, device):
+    """The policy's figures before and after, as full fine-tuning's models see it."""
+    names = {"settings": theirs, "device": device}
+    cells = ("load", *START, "judges", "evaluate")
+    three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
+    folder = ours.folder / "adapters/policy"
+    lm = load_causal_lm(three.sft_folder, device)
+    found = {}
+    for when, model in (
+        ("before", three.reference),
+        ("after", load_adapter(lm, "policy", folder)),
+    ):
+        figures, _ = three.evaluate(freeze(PolicyWithValueHead(model).to(device)))
+        objective = figures["score"] - theirs.kl_coef * figures["kl"]
+        found[when] = {**figures, "objective": objective}
+    write_text(folder / "figures.json", json.dumps(found))
+
+
+STAGES = {"reward": train_reward, "policy": train_policy, "judge": judge}
+
+
+def settings_of(seed: int, changes: dict) -> tuple[Settings, Settings]:
+    """Those of full fine-tuning, and ours, with these changes by name.
+
+    Raises FileNotFoundError if `tools.real_run` has not run this seed.
+    """
+    cost = RUNS / str(seed) / FULL.preset / "policy-cost.json"
+    if not (ROOT / cost).exists():
+        raise FileNotFoundError(f"there is no {cost}; run python -m tools.real_run")
+    pairs = [
+        x.partition("=")[::2] for x in json.loads((ROOT / cost).read_text())["changes"]
+    ]
+    made_with = {name: parse_field(name, text) for name, text in pairs}
+    made_with |= {"seed": seed, "runs_dir": str(RUNS / str(seed))}
+    theirs = dataclasses.replace(FULL, **made_with)
+    own = {**RATES, "runs_dir": str(OURS / str(seed)), "checkpoint_every": 2}
+    return theirs, dataclasses.replace(theirs, **(own | changes))
+
+
+def collect(theirs: Settings, ours: Settings, changes: list[str]) -> dict:
+    """What was measured, beside full fine-tuning of the same model."""
+    place, costs = ours.folder / "adapters", {}
+    for stage in STAGES:
+        costs[stage] = json.loads(
+            (ROOT / ours.folder / f"{stage}-cost.json").read_text()
+        )
+    policy = json.loads((ROOT / place / "policy/metrics.json").read_text())
+    reward = json.loads((ROOT / place / ON_THE_BASE / "metrics.json").read_text())
+    full = {}
+    for artefact in ("reward_model", "policy"):
+        full[artefact] = json.loads(
+            (ROOT / theirs.folder / artefact / "metrics.json").read_text()
+        )
+    cost = json.loads((ROOT / theirs.folder / "policy-cost.json").read_text())
+    file = "adapter_model.safetensors"
+    return {
+        "seed": theirs.seed,
+        "changes": changes,
+        "rank": RANK,
+        "episodes": len(policy["history"]) * ours.ppo_rollout_size,
+        "rates": {name: getattr(ours, name) for name in RATES},
+        "cost": costs,
+        "ppo_seconds": policy["ppo_seconds"],
+        "moved": policy["moved"],
+        "adapter_bytes": (ROOT / place / "policy" / file).stat().st_size,
+        "accuracy": reward["after"]["accuracy"],
+        **json.loads((ROOT / place / "policy/figures.json").read_text()),
+        "history": _curves(policy["history"]),
+        "full": {
+            "episodes": len(full["policy"]["history"]) * theirs.ppo_rollout_size,
+            "peak_gib": cost["peak_gib"],
+            "ppo_seconds": full["policy"]["seconds"],
+            "accuracy": full["reward_model"]["after"]["accuracy"],
+            "before": full["policy"]["before"],
+            "after": full["policy"]["after"],
+            "history": _curves(full["policy"]["history"]),
+        },
+    }
+
+
+def _curves(history):
+    return {name: [row[name] for row in history] for name in ("score", "kl")}
+
+
+def main(argv=None):
+    """Do what is missing, and write what was measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.real_adapters",
+        description="PPO with two adapters on one real model, beside tools.real_run.",
+    )
+    parser.add_argument("--seed", type=int, default=FULL.seed, help="of tools.real_run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
+    )
+    parser.add_argument("--stage", choices=STAGES, help="this one only, here")
+    options = parser.parse_args(argv)
+    try:
+        pairs = [change.partition("=")[::2] for change in options.changes]
+        changes = {name: parse_field(name, text) for name, text in pairs}
+        theirs, ours = settings_of(options.seed, changes)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if options.stage:
+        torch.set_num_threads(options.threads)
+        given = dataclasses.asdict(theirs)
+        preset = given.pop("preset")
+        _, device = prepare("policy", preset, given)
+        STAGES[options.stage](theirs, ours, device)
+        return
+    for stage in STAGES:
+        cost = ROOT / ours.folder / f"{stage}-cost.json"
+        if cost.exists():
+            continue
+        command = [sys.executable, "-m", "tools.real_adapters", "--stage", stage]
+        command += ["--seed", str(options.seed), "--threads", str(options.threads)]
+        command += [word for one in options.changes for word in ("--set", one)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        failed, spent = run_measured(command, environment)
+        if failed:
+            sys.exit(f"it stopped in the stage {stage}, see above")
+        write_text(cost, json.dumps(spent))
+    found = rounded(collect(theirs, ours, options.changes))
+    write_text(ROOT / RESULTS, json.dumps(found) + "\n")
+    print(f"{RESULTS}: {found['episodes']:,} episodes")
+
+
+if __name__ == "__main__":
+    main()
