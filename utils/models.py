@@ -1,13 +1,20 @@
 """The models of the three stages: a trunk with a head for each job."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+)
 
 from utils.fast import arguments_of, hidden_states_by_length, takes_positions
 from utils.inputs import (
@@ -17,6 +24,8 @@ from utils.inputs import (
     loading,
     trying,
 )
+
+FOUR_BITS = "for 4 bits: pip install bitsandbytes accelerate (CPUs will do)"
 
 
 def load_config(name: str):
@@ -51,6 +60,45 @@ def load_causal_lm(name: str, device="cpu"):
         check_reading(lm.base_model, name)
         check_writing(lm, name)
     return let_go_of_its_file(lm).to(device)
+
+
+def load_in_4_bits(name: str):
+    """The language model `name` on the CPU, frozen, its linear layers in NF4.
+
+    Doubly quantised, by the library bitsandbytes; the rest is in float32, and so is
+    what is computed. Raises ImportError if it is not installed, and ValueError for a
+    layer whose inputs are no whole blocks of 64 (bitsandbytes 0.50 unpacks their
+    weights wrongly on a CPU).
+    """
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise ImportError(FOUR_BITS)
+    rounding = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    with loading("language model", name):
+        download_weights(name)
+        lm = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=load_config(name),
+            dtype=torch.float32,
+            use_safetensors=True,
+            quantization_config=rounding,
+            device_map="cpu",
+        )
+    for path, layer in lm.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            if layer.in_features % 64:
+                raise ValueError(
+                    f"{path} of {name!r} has {layer.in_features} inputs, which are no "
+                    "whole blocks of 64; take another model, or float32"
+                )
+            # Else it packs its weight anew in the first pass without gradients, and
+            # lets none through from then on, without a word
+            layer.support_avx512bf16_for_cpu = False
+    return freeze(lm)
 
 
 @torch.no_grad()
