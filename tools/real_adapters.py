@@ -8,7 +8,8 @@ fine-tuning's reward model and judge look at both.
 
 Each stage is a process of its own, of which seconds and memory are measured. What is
 there is not done again, and PPO goes on from its checkpoint. The figures go to
-`docs/real-run/adapters.json`.
+`docs/real-run/adapters.json`. With `--stage four-bits`, before that, what the SFT model
+is in 4 bits is measured, too (bitsandbytes has to be installed).
 """
 
 import argparse
@@ -24,12 +25,18 @@ from safetensors.torch import save_file
 
 from tools.race import rounded
 from tools.real_run import FOLDER, RUNS, run_measured
-from utils.data import load_tokenizer
+from utils.data import load_reviews, load_tokenizer, pad, tokenize
 from utils.lora import load_adapter, save_adapter
-from utils.models import PolicyWithValueHead, freeze, load_causal_lm
+from utils.models import (
+    PolicyWithValueHead,
+    freeze,
+    load_causal_lm,
+    load_in_4_bits,
+)
 from utils.settings import FULL, Settings, parse_field
 from utils.support.artefacts import write_text
 from utils.support.checkpoint import Checkpoint
+from utils.support.memory import bytes_of
 from utils.support.notebook import LOOP, ROOT, import_cells
 from utils.support.preflight import preflight, prepare
 from utils.training import seed_everything
@@ -41,6 +48,7 @@ BUILD = ("reward-adapter", "reward-on", "build", "fresh-adapter-run")
 START = ("prompts", "prompts-of", "score", "score-function", *LOOP)
 ON_THE_BASE = "on-the-sft-model"  # what notebook 7 calls the reward adapter of layout 2
 RANK = 16  # of the policy's adapter
+TEXTS = 64  # on which a model in 4 bits is compared
 # Ten times full fine-tuning's; notebook 7 takes three times rm_lr
 RATES = {"rm_lr": 10 / 3 * FULL.rm_lr, "ppo_lr": 10 * FULL.ppo_lr}
 
@@ -120,7 +128,40 @@ def judge(theirs: Settings, ours: Settings, device):
     write_text(folder / "figures.json", json.dumps(found))
 
 
+@torch.no_grad()
+def four_bits(theirs: Settings, ours: Settings, device):
+    """What the SFT model forgets where its linear layers are rounded to 4 bits."""
+    folder = str(theirs.folder / "sft")
+    tokenizer = load_tokenizer(folder)
+    sentences = list(load_reviews(theirs)["validation"]["sentence"])[:TEXTS]
+    rows = tokenize(sentences, tokenizer, theirs.max_tokens)
+    ids, mask = pad(rows, tokenizer.eos_token_id)
+    real, found, logprobs = mask[:, 1:].bool(), {}, []
+    for way, load in (("float32", load_causal_lm), ("4 bits", load_in_4_bits)):
+        lm = load(folder).eval()
+        logits = lm(input_ids=ids, attention_mask=mask).logits[:, :-1][real]
+        logprobs.append(logits.log_softmax(dim=-1))
+        loss = -logprobs[-1].gather(1, ids[:, 1:][real][:, None]).mean().item()
+        found[way] = {"bytes": bytes_of(_tensors_of(lm)), "loss": loss}
+    exact, rounded = logprobs
+    found["kl"] = (exact.exp() * (exact - rounded)).sum(dim=1).mean().item()
+    found["next words"] = len(exact)
+    ours.folder.mkdir(parents=True, exist_ok=True)
+    write_text(ours.folder / "four_bits.json", json.dumps(found))
+
+
+def _tensors_of(lm):
+    """Its weights, and the scales of those in 4 bits."""
+    for parameter in lm.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # the scales of the scales, too
+            yield from (x for x in vars(state).values() if torch.is_tensor(x))
+            state = state.state2
+
+
 STAGES = {"reward": train_reward, "policy": train_policy, "judge": judge}
+ALONE = {"four-bits": four_bits}  # only where it is asked for: it needs bitsandbytes
 
 
 def settings_of(seed: int, changes: dict) -> tuple[Settings, Settings]:
@@ -156,7 +197,7 @@ def collect(theirs: Settings, ours: Settings, changes: list[str]) -> dict:
             (ROOT / theirs.folder / artefact / "metrics.json").read_text()
         )
     cost = json.loads((ROOT / theirs.folder / "policy-cost.json").read_text())
-    file = "adapter_model.safetensors"
+    rounded, file = ROOT / ours.folder / "four_bits.json", "adapter_model.safetensors"
     return {
         "seed": theirs.seed,
         "changes": changes,
@@ -170,6 +211,7 @@ def collect(theirs: Settings, ours: Settings, changes: list[str]) -> dict:
         "accuracy": reward["after"]["accuracy"],
         **json.loads((ROOT / place / "policy/figures.json").read_text()),
         "history": _curves(policy["history"]),
+        "four_bits": json.loads(rounded.read_text()) if rounded.exists() else {},
         "full": {
             "episodes": len(full["policy"]["history"]) * theirs.ppo_rollout_size,
             "peak_gib": cost["peak_gib"],
@@ -197,7 +239,7 @@ def main(argv=None):
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
     )
-    parser.add_argument("--stage", choices=STAGES, help="this one only, here")
+    parser.add_argument("--stage", choices=STAGES | ALONE, help="this one only, here")
     options = parser.parse_args(argv)
     try:
         pairs = [change.partition("=")[::2] for change in options.changes]
@@ -210,7 +252,7 @@ def main(argv=None):
         given = dataclasses.asdict(theirs)
         preset = given.pop("preset")
         _, device = prepare("policy", preset, given)
-        STAGES[options.stage](theirs, ours, device)
+        (STAGES | ALONE)[options.stage](theirs, ours, device)
         return
     for stage in STAGES:
         cost = ROOT / ours.folder / f"{stage}-cost.json"

@@ -41,6 +41,15 @@ def load_config(name: str):
     return config
 
 
+def _read_lm(name, **options):
+    config = load_config(name)
+    with loading("language model", name):
+        download_weights(name)
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, **options
+        )
+
+
 def load_causal_lm(name: str, device="cpu"):
     """The language model `name` (on the hub, or a local folder) in float32.
 
@@ -49,12 +58,7 @@ def load_causal_lm(name: str, device="cpu"):
     ValueError if the model is not causal, or not what `check_reading` and
     `check_writing` ask for.
     """
-    config = load_config(name)
-    with loading("language model", name):
-        download_weights(name)
-        lm = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True
-        )
+    lm = _read_lm(name)
     with trying(name):
         check_causal(lm, name)
         check_reading(lm.base_model, name)
@@ -78,16 +82,7 @@ def load_in_4_bits(name: str):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    with loading("language model", name):
-        download_weights(name)
-        lm = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=load_config(name),
-            dtype=torch.float32,
-            use_safetensors=True,
-            quantization_config=rounding,
-            device_map="cpu",
-        )
+    lm = _read_lm(name, quantization_config=rounding, device_map="cpu")
     for path, layer in lm.named_modules():
         if type(layer).__name__ == "Linear4bit":
             if layer.in_features % 64:

@@ -20,6 +20,7 @@ from utils.processes import check_shares, divided, join, n_processes
 from utils.rollout import evaluate_responses, in_pieces, response_logprobs
 from utils.settings import load_settings, parse_field
 from utils.support.learning import ANYWAY, outlook
+from utils.support.memory import activation_memory
 from utils.support.notebook import (
     how_to_save_memory,
     no_widgets,
@@ -306,21 +307,13 @@ def _device(policy, device):
 def memory_needed(policy, settings) -> float:
     """What PPO needs beside the loaded models, in bytes: an estimate from above.
 
-    A gradient and AdamW's two moments for each weight that is trained; and the larger
-    of the key-value cache of a rollout, and the update of a micro-batch: what GPT-2's
-    trunk keeps for the backward pass, 16 numbers for each token, layer and dimension
-    (counted with torch.autograd.graph.saved_tensors_hooks), one tensor of logits, and
-    two gradients of the size of the vocabulary. Numbers of 4 bytes throughout.
+    A gradient and AdamW's two moments for each weight that is trained, in 4 bytes, and
+    what `activation_memory` says.
     """
-    config = policy.lm.config
-    layers, size = config.num_hidden_layers, config.hidden_size
-    tokens = settings.prompt_max_tokens + settings.max_new_tokens
-    cache = settings.ppo_rollout_size * tokens * layers * 2 * size
-    rows = settings.ppo_micro_batch_size
-    activations = rows * tokens * size * (16 * layers + 4)
-    logits = (rows * settings.max_new_tokens + 2 * size) * config.vocab_size
+    layers = [m for m in policy.lm.modules() if getattr(m, "on", None)]
+    ranks = sum(layer.adapters[layer.on].rank for layer in layers)
     weights = sum(p.numel() for p in _trained(policy))
-    return 4 * (3 * weights + max(cache, activations + logits))
+    return 12 * weights + activation_memory(policy.lm.config, settings, ranks)
 
 
 def memory_free(device: torch.device) -> int:
