@@ -173,11 +173,10 @@ def test_the_peaks_are_those_that_were_measured(name):
     assert MEASURED[name]["worked out"] == wanted  # the file is of today's formula
 
 
-@pytest.mark.parametrize("layout", peaks.LAYOUTS)
-@pytest.mark.parametrize("micro", [4, 16])
+@pytest.mark.parametrize("layout, micro", [(0, 16), (2, 16), (2, 4)])
 def test_a_peak_measured_here(layout, micro):
-    """Where scoring a rollout takes most, and where the update of a piece does."""
-    few = {"ppo_rollout_size": 32, "ppo_minibatch_size": 16, "ppo_episodes": 32}
+    """Where scoring a rollout takes most, and where the update of its second piece."""
+    few = {"ppo_rollout_size": 32, "ppo_minibatch_size": 32, "ppo_episodes": 64}
     few |= {"ppo_micro_batch_size": micro, "ppo_epochs": 1}
     settings = dataclasses.replace(peaks.SETTINGS, **few)
     config = peaks.CONFIGS["0.4M"]
