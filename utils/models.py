@@ -90,8 +90,8 @@ def load_in_4_bits(name: str):
                     f"{path} of {name!r} has {layer.in_features} inputs, which are no "
                     "whole blocks of 64; take another model, or float32"
                 )
-            # Else it packs its weight anew in the first pass without gradients, and
-            # lets none through from then on, without a word
+            # Else the first pass without gradients, such as a rollout, packs its weight
+            # for a product of other precision, which has no backward pass
             layer.support_avx512bf16_for_cpu = False
     return freeze(lm)
 
