@@ -160,7 +160,7 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
     [
         (["--processes", "0"], "--processes must be 1 or more, got 0"),
         (["--processes", "2", "--only", "3,4"], "and --only has 4"),
-        (["--processes", "3"], "ppo_rollout_size (256) must be a multiple of the 3"),
+        (["--processes", "3"], "ppo_minibatch_size (64) must be a multiple of the 3"),
     ],
 )
 def test_processes_that_cannot_be_started(arguments, message, capsys):

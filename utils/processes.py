@@ -3,8 +3,8 @@
 `python -m utils --processes 2` (or `accelerate launch -m utils`) starts the same
 notebook twice, on a GPU each if there are any. A process samples its share of the
 prompts and works out its share of each minibatch; the rollout, the gradient and every
-number that decides something are those of all. **In one process each function here
-returns what it is given.** The engine, which starts the processes, wraps the model and
+number that decides something are those of all. **In one process nothing here changes
+what is computed.** The engine, which starts the processes, wraps the model and
 adds the gradients, is accelerate.
 
 The gradient of a mean over all tokens is the sum over the processes of (their tokens /
@@ -57,7 +57,7 @@ def join(device: str = "auto"):
                 "DeepSpeed steps in its backward pass, before approx_kl could stop it; "
                 "take more/accelerate/fsdp2.yaml, which divides what ZeRO-2 does"
             )
-        if device == "cpu":
+        if device == "cpu" or not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
             os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         store, rank, n = next(dist.rendezvous("env://"))
@@ -77,14 +77,12 @@ def check_gpus(n: int, device: str = "auto"):
 
 
 def check_shares(n: int, settings):
-    """Raise ValueError if a rollout or a minibatch cannot be shared out evenly."""
-    for name in ("ppo_rollout_size", "ppo_minibatch_size"):
-        size = getattr(settings, name)
-        if size % n:
-            raise ValueError(
-                f"{name} ({size}) must be a multiple of the {n} processes; set it to "
-                f"{-(-size // n) * n}"
-            )
+    """Raise ValueError if a minibatch cannot be shared out evenly."""
+    if (size := settings.ppo_minibatch_size) % n:
+        raise ValueError(
+            f"ppo_minibatch_size ({size}) must be a multiple of the {n} processes; "
+            f"{-(-size // n) * n} is one, and ppo_rollout_size then a multiple of that"
+        )
 
 
 @functools.cache
@@ -122,14 +120,20 @@ class Work(nn.Module):
 def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, scaled: bool = False):
     """Let the engine add this model's gradients over all processes from now on.
 
-    All processes start from the weights of the first one. `scaled`: the loss is, since
-    the trunk computes in float16. Alone, do nothing.
+    All have to start from the same weights: DDP sends the first one's, FSDP2 takes a
+    part from each. `scaled`: the loss is, since the trunk computes in float16. Alone,
+    do nothing.
     """
     if n_processes() == 1:
         return
     with warnings.catch_warnings():  # torch's, of the word for buffers
         warnings.simplefilter("ignore", FutureWarning)
         engine, _ = _accelerator().prepare(Work(model), optimizer)
+    _accelerator().free_memory()  # else it keeps each model that it has ever seen
+    if type(engine) is Work:
+        raise RuntimeError(
+            "accelerate adds no gradients on this device; set device to cpu, or to cuda"
+        )
     for module in (model, *model.children()):
         object.__setattr__(module, "engine", engine)  # not as a part: it has these
     if _divides(engine):
@@ -138,6 +142,7 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, scaled: bool = Fals
                 "precision is float16, whose overflows each process would see only in "
                 "its part of the gradients (FSDP2); set it to bfloat16 or float32"
             )
+        engine.set_reshard_after_backward(False)  # but `divided` does
         engine.unshard()
     # Dropout is another one in each process
     torch.manual_seed(torch.initial_seed() + this_process())
@@ -154,7 +159,6 @@ def inside(model: nn.Module, work: Callable, syncs: bool = True):
         return work()
     if _divides(engine):  # until the backward pass, which comes after this
         engine.set_requires_gradient_sync(syncs)
-        engine.set_reshard_after_backward(syncs)
         return engine(work)
     waits = contextlib.nullcontext() if syncs else _accelerator().no_sync(engine)
     with waits:
@@ -212,7 +216,8 @@ def divided_like(x: Tensor, weight: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x.to(weight.device), mesh, weight.placements)
+    x = x.to(weight.device)
+    return distribute_tensor(x, mesh, weight.placements, src_data_rank=None)
 
 
 def bytes_sent(gradients: float, n: int) -> float:
@@ -329,7 +334,7 @@ def from_the_first(thing):
 def first_goes_first() -> Iterator[bool]:
     """The first process goes through this block, which it writes in; then the others.
 
-    Gives whether this is the first one.
+    Gives whether this is the first one. Nothing in it may need the other processes.
     """
     if n_processes() == 1:
         yield True

@@ -98,6 +98,11 @@ def find_artefacts(settings, *names: str) -> list[str]:
     one was made with other settings, which are named, or is damaged, after setting it
     aside.
     """
+    with first_goes_first():  # it may rename what is unfinished or damaged
+        return _find(settings, names)
+
+
+def _find(settings, names):
     folders = {name: settings.folder / name for name in names}
     for folder in folders.values():
         recover(folder)

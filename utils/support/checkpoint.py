@@ -206,21 +206,31 @@ class Checkpoint:
         Raises OSError if the disk cannot be read at the moment; the file stays as it
         is then.
         """
-        with first_goes_first():  # who renames the file, before others look for it
-            self._restore()
+        with first_goes_first():  # who may rename the file
+            state = self._read()
+        if state is None:
+            return
+        with divided(self.run.policy):
+            for name, part in state["run"].items():
+                _put_back(self.run, name, part)
+        _set_random_states(state["random"])
+        self.saved = done = len(state["run"]["history"])
+        print(f"PPO goes on after {done} of {self.total} rollouts, from {self.path}")
+        print("(to begin anew: checkpoint.discard(), then this cell again)")
 
-    def _restore(self):
+    def _read(self):
+        """The state of the saved run; None, and why, if PPO begins anew."""
         path = self.path
         if not path.exists():
             print(f"PPO begins, and is saved every {self.every} rollouts to {path}")
-            return
+            return None
         try:
             key, state = read_state(path)
         except ValueError as error:
             name = set_aside(path).name
             print(f"PPO begins anew: {path} is damaged or another file ({error})")
             print(f"(it was renamed to {name})")
-            return
+            return None
         done = len(state["run"]["history"])
         if changes := _changes(key, self.key):
             # A finished run has left its policy, of any other this is all there is
@@ -228,14 +238,8 @@ class Checkpoint:
             finished = done == then["ppo_episodes"] // then["ppo_rollout_size"]
             kept = "" if finished else f"; renamed to {set_aside(path).name}"
             print(f"PPO begins anew: the run in {path} had {changes}{kept}")
-            return
-        with divided(self.run.policy):
-            for name, part in state["run"].items():
-                _put_back(self.run, name, part)
-        _set_random_states(state["random"])
-        self.saved = done
-        print(f"PPO goes on after {done} of {self.total} rollouts, from {path}")
-        print("(to begin anew: checkpoint.discard(), then this cell again)")
+            return None
+        return state
 
     def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.

@@ -34,6 +34,10 @@ def check(n: int, settings):
     if n < 1:
         raise ValueError(f"--processes must be 1 or more, got {n}")
     if n > 1:
+        if settings.device == "mps":
+            raise ValueError(
+                "device is mps, a Mac's one GPU; set it to cpu for several"
+            )
         check_gpus(n, settings.device)
         check_shares(n, settings)
         if find_spec("accelerate") is None:

@@ -16,7 +16,13 @@ from utils.inputs import check_context
 from utils.lora import adapter_names, using
 from utils.models import load_causal_lm, load_config
 from utils.practice import tiny_world
-from utils.processes import check_shares, divided, join, n_processes
+from utils.processes import (
+    check_shares,
+    divided,
+    first_goes_first,
+    join,
+    n_processes,
+)
 from utils.rollout import evaluate_responses, in_pieces, response_logprobs
 from utils.settings import load_settings, parse_field
 from utils.support.learning import ANYWAY, outlook
@@ -63,7 +69,8 @@ def prepare(artefact: str, preset: str = "", changes=()):
     join(settings.device)
     check_shares(n_processes(), settings)
     say_errors_in_a_sentence(how_to_save_memory(settings, artefact))
-    tiny_world.prepare(settings)
+    with first_goes_first():
+        tiny_world.prepare(settings)
     name = settings.model_name
     config, tokenizer = load_config(name).get_text_config(), load_tokenizer(name)
     check_context(config, settings, len(tokens_in_front(tokenizer)))

@@ -158,10 +158,11 @@ def parse(argv):
             f"there is no notebook {' and no '.join(sorted(unknown))}; --only takes "
             f"all, or numbers of {','.join(NOTEBOOKS)} with commas between"
         )
-    if options.processes > 1 and (others := set(numbers) - set(SERIES)):
+    several = options.processes > 1 or is_one_of_several()
+    if several and (others := set(numbers) - set(SERIES)):
         parser.error(
-            f"--processes is for the notebooks {','.join(SERIES)}, and --only has "
-            f"{','.join(sorted(others))}"
+            f"several processes are for the notebooks {','.join(SERIES)}, and --only "
+            f"has {','.join(sorted(others))}"
         )
     options.notebooks = [NOTEBOOKS[n] for n in sorted(set(numbers))]
     # The older kernel that Colab has warns of Python's own modules without the second
