@@ -1136,7 +1136,7 @@ change_training(
 )
 change_training(
     "accumulate_gradients",
-    "        self.scaler.unscale_(self.optimizer)\n",
+    "            self.scaler.unscale_(self.optimizer)\n",
     "",
     "scaled gradients are clipped",
     test_loop.test_an_update_is_what_it_would_be_by_hand,

@@ -160,6 +160,9 @@ class Numbers:
     def __init__(self, numbers, tokens):
         self.numbers, self.tokens = torch.tensor(numbers), torch.tensor(tokens)
 
+    def __len__(self):
+        return len(self.numbers)
+
     @property
     def n_tokens(self):
         return self.tokens.sum()
