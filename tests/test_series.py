@@ -201,6 +201,7 @@ def test_the_executed_copies_and_the_table(series):
         assert re.search(rf"{re.escape(line)} +[\d.%]+ +[\d.%]+", table)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(series, tmp_path):
     """A short PPO run twice on the same models; the CPU leaves no room for noise."""
     folder, _ = series
