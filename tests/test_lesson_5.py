@@ -108,6 +108,12 @@ def test_sampled_pairs_come_as_often_as_they_should(exact):
     assert 209 - 5 * (2 * 209) ** 0.5 < squares < 209 + 5 * (2 * 209) ** 0.5
 
 
+def test_whose_labels_must_be_one_of_three():
+    names = {"PRESET": "tiny", "CHANGES": {}, "LABELS": "minee"}
+    with pytest.raises(ValueError, match="simulated, mine or both, got 'minee'"):
+        import_cells(LESSON, "settings", names=names)
+
+
 PARTS = {
     "before": "loop sample-pairs pairs questions utility label-few label-mine label",
     "after": "label-mine label-all split both-texts ceiling train-on-pairs "

@@ -32,6 +32,14 @@ def setting(default, changes=POLICY, least=None, above=0, most=math.inf):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]):
+    """Raise ValueError, listing the choices, unless the value is one of them."""
+    if value not in choices:
+        *others, last = (word or "empty" for word in choices)
+        listed = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run; the defaults are the preset `full`.
@@ -142,10 +150,7 @@ class Settings:
                     "set one of them to another"
                 )
         for name, values in CHOICES.items():
-            if (value := getattr(self, name)) not in values:
-                *others, last = (word or "empty" for word in values)
-                listed = f"{', '.join(others)} or {last}"
-                raise ValueError(f"{name} must be {listed}, got {value!r}")
+            check_choice(name, getattr(self, name), values)
         if self.prompt_max_tokens < self.prompt_min_tokens:
             raise ValueError(
                 f"prompt_max_tokens ({self.prompt_max_tokens}) must be at least "
