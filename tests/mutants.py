@@ -43,6 +43,7 @@ CORRECT = {  # check: the function of ours that it must pass
     checks.check_rloo_advantages: estimators.rloo_advantages,
     checks.check_grpo_advantages: estimators.grpo_advantages,
     checks.check_grpo_loss: estimators.grpo_loss,
+    checks.check_shaped_rewards: estimators.shaped_rewards,
     checks.check_bradley_terry_loss: preferences.bradley_terry_loss,
     checks.check_dpo_loss: preferences.dpo_loss,
     checks.check_adapted_layer: lora.adapted_layer,
@@ -559,6 +560,52 @@ class _(RewardHead):
 
 
 # --- the loop
+
+
+# --- rewards on the way
+
+
+def moved(x, by=1):
+    """x with its columns moved to the left by so many, 0 where none is left."""
+    return torch.nn.functional.pad(x[:, by:], (0, by))
+
+
+@mutant(checks.check_shaped_rewards, "sign of the shaping turned", "sign is turned")
+def _(rewards, potentials, mask, gamma):
+    return 2 * rewards * mask - estimators.shaped_rewards(
+        rewards, potentials, mask, gamma
+    )
+
+
+@mutant(checks.check_shaped_rewards, "shaping without gamma", "gamma is left out")
+def _(rewards, potentials, mask, gamma):
+    return estimators.shaped_rewards(rewards, potentials, mask)
+
+
+@mutant(checks.check_shaped_rewards, "a potential behind EOS", "behind the last token")
+def _(rewards, potentials, mask, gamma):
+    return (rewards + gamma * moved(potentials) - potentials) * mask
+
+
+@mutant(checks.check_shaped_rewards, "a bonus for the next state", "it is a bonus")
+def _(rewards, potentials, mask, gamma):
+    return (rewards + gamma * moved(potentials * mask)) * mask
+
+
+@mutant(checks.check_shaped_rewards, "shaping one token late", "one place late")
+def _(rewards, potentials, mask, gamma):
+    before = torch.nn.functional.pad(potentials[:, :-1], (1, 0))
+    return (rewards + potentials - before) * mask
+
+
+@mutant(checks.check_shaped_rewards, "nothing but the shaping", "itself is left out")
+def _(rewards, potentials, mask, gamma):
+    return estimators.shaped_rewards(torch.zeros_like(rewards), potentials, mask, gamma)
+
+
+@mutant(checks.check_shaped_rewards, "padding is shaped", "padding is shaped")
+def _(rewards, potentials, mask, gamma):
+    return rewards + gamma * moved(potentials) - potentials
 
 
 # --- the estimators

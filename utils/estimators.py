@@ -1,4 +1,4 @@
-"""The mathematics of REINFORCE, RLOO and GRPO, on tensors.
+"""The mathematics of REINFORCE, RLOO and GRPO, and of shaped rewards, on tensors.
 
 Each of them has one number for a whole response, where PPO has one for each token.
 Scores are (B,). Where a function compares the responses to one prompt, groups stand
@@ -9,7 +9,8 @@ Sources: Williams 1992, "Simple Statistical Gradient-Following Algorithms for
 Connectionist Reinforcement Learning"; Ahmadian et al. 2024, "Back to Basics" (arXiv
 2402.14740), for RLOO; Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), for GRPO;
 Liu et al. 2025, "Understanding R1-Zero-Like Training" (arXiv 2503.20783), for what its
-divisions do.
+divisions do; Ng, Harada and Russell 1999, "Policy Invariance Under Reward
+Transformations" (ICML), for rewards on the way.
 """
 
 import torch
@@ -73,6 +74,24 @@ def grpo_advantages(scores: Tensor, group_size: int, scale: bool = True) -> Tens
     if scale:
         centred = centred / (groups.std(dim=1, keepdim=True) + STD_FLOOR)
     return centred.flatten()
+
+
+@torch.no_grad()
+def shaped_rewards(
+    rewards: Tensor, potentials: Tensor, mask: Tensor, gamma: float = 1.0
+) -> Tensor:
+    """Rewards on the way: r_t + gamma * Phi_{t+1} - Phi_t, with Phi = 0 after the end.
+
+    All (B, T) -> (B, T), 0 outside the mask. The potential Phi_t may be any guess that
+    is made from what stands before token t. What a response earns in all changes by
+    -Phi_0, which it cannot choose, so the best policy stays what it was: Ng et al.
+    1999, theorem 1. Raises ValueError if the shapes disagree.
+    """
+    check_shapes(rewards=rewards, potentials=potentials, mask=mask)
+    outside = ~mask.bool()
+    rewards, potentials = (x.masked_fill(outside, 0) for x in (rewards, potentials))
+    following = torch.nn.functional.pad(potentials[:, 1:], (0, 1))
+    return (rewards + gamma * following - potentials).masked_fill(outside, 0)
 
 
 def grpo_loss(

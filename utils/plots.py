@@ -243,12 +243,12 @@ def plot_moments(estimators: dict[str, tuple[float, float, float]]):
 def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
     """Score and KL of each estimator over the rollouts: mean and 95 % interval.
 
-    By estimator and figure: a curve for each seed.
+    By estimator, of which there are four at most, and figure: a curve for each seed.
     """
     figures = {"score": "normalised score", "kl": "nats per response"}
     figure, axes = _axes(1, len(figures), width=4.5, height=3.2)
     for axis, (key, unit) in zip(axes, figures.items(), strict=True):
-        colours = (GREY, GREEN, RED, BLUE)
+        colours = (GREY, GREEN, RED, BLUE)[-len(curves) :]
         for (name, found), colour in zip(curves.items(), colours, strict=True):
             mean, half = interval_95(torch.tensor(found[key]))
             axis.plot(mean, color=colour, label=name)

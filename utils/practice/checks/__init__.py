@@ -36,7 +36,11 @@ from utils.practice.checks.preferences import (
     check_bradley_terry_loss,
     check_dpo_loss,
 )
-from utils.practice.checks.rewards import check_kl_estimate, check_token_rewards
+from utils.practice.checks.rewards import (
+    check_kl_estimate,
+    check_shaped_rewards,
+    check_token_rewards,
+)
 
 __all__ = [
     "Result",
@@ -47,6 +51,7 @@ __all__ = [
     "check_value_loss",
     "check_token_rewards",
     "check_kl_estimate",
+    "check_shaped_rewards",
     "check_token_logprobs",
     "check_lm_labels",
     "check_evaluate_responses",

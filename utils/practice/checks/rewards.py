@@ -107,3 +107,48 @@ def check_kl_estimate(function, seed: int = 0) -> Result:
         return {**got, **means}
 
     return compare(name_of(function), call, expected, mistakes)
+
+
+def check_shaped_rewards(function, seed: int = 0) -> Result:
+    """`shaped_rewards(rewards, potentials, mask, gamma)` -> (B, T)."""
+    case = Case(seed)
+    rewards, potentials = case.normal(), case.normal()
+    gamma = case.uniform(0.6, 0.95)
+
+    def shaped(bonus, end=0.0):
+        """r_t + bonus(Phi_t, Phi_{t+1}), with this Phi after the last token."""
+        rows = []
+        for r, phi in case.rows(rewards, potentials):
+            behind = [*phi[1:], end]
+            rows.append([x + bonus(*y) for x, *y in zip(r, phi, behind, strict=True)])
+        return case.table(rows)
+
+    def right(now, then):
+        return gamma * then - now
+
+    filler = torch.nn.functional.pad(potentials[:, 1:], (0, 1))
+    mistakes = [
+        ("the sign is turned", shaped(lambda now, then: now - gamma * then)),
+        ("gamma is left out", shaped(lambda now, then: then - now)),
+        (
+            "what stands behind the last token is counted, padding or not",
+            case.mask * (rewards + gamma * filler - potentials),
+        ),
+        (
+            "it is a bonus: the potential before the token is not taken away",
+            shaped(lambda now, then: gamma * then),
+        ),
+        (
+            "the potentials are one place late: before the token, not after it",
+            shaped(lambda now, then: now)
+            - case.table([[0, *p[:-1]] for (p,) in case.rows(potentials)]),
+        ),
+        ("the reward itself is left out", shaped(right) - case.mask * rewards),
+        ("padding is shaped, too", rewards + gamma * filler - potentials),
+    ]
+    return compare(
+        name_of(function),
+        lambda: {"rewards": function(rewards, potentials, case.mask, gamma)},
+        {"rewards": shaped(right)},
+        [(said, {"rewards": wrong}) for said, wrong in mistakes],
+    )

@@ -1,0 +1,191 @@
+"""Shaped rewards beside PPO's own, in both worlds: `python -m tools.shaping`.
+
+The method is that of `more/4-Estimators.ipynb`, which shows what this command measures:
+as many episodes as notebook 3 takes, from the same models. In the tiny world five seeds
+on the models of `runs/tiny`; on a real model the seeds that `tools.real_run` has run,
+each beside its own PPO. Every run is a process of one thread. What is there is not
+done again, and a real run goes on from its checkpoint. The figures go to
+`docs/shaping.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tools.race import LESSON, MODELS, by_seed, rounded
+from tools.real_adapters import settings_of
+from tools.real_run import run_measured
+from utils.evaluation import gain_in_objective
+from utils.models import load_causal_lm
+from utils.settings import FULL, TINY, Settings
+from utils.support.artefacts import find_artefacts, write_text
+from utils.support.checkpoint import Checkpoint
+from utils.support.notebook import LOOP, ROOT, import_cells
+from utils.support.preflight import preflight, prepare
+from utils.training import seed_everything
+
+RESULTS, OURS = "docs/shaping.json", Path("runs/shaping")
+TINY_SEEDS = range(5)
+WAYS = ("PPO", "shaped")
+
+
+def settings_for(preset: str, seed: int, way: str) -> tuple[Settings, dict]:
+    """Those of a run, and of the models that it starts from as changes by name."""
+    if preset == "tiny":
+        models, theirs = {}, dataclasses.replace(TINY, seed=seed)
+    else:
+        theirs, _ = settings_of(seed, {})
+        models = dataclasses.asdict(theirs)
+        models.pop("preset")
+    folder = {"runs_dir": str(OURS / way / str(seed)), "checkpoint_every": 2}
+    return dataclasses.replace(theirs, **folder), models
+
+
+def measure(preset: str, seed: int, way: str):
+    """Train, and write the figures, the texts and the history beside them."""
+    torch.set_num_threads(1)
+    ours, models = settings_for(preset, seed, way)
+    theirs, device = prepare("policy", preset, models)
+    names = {"settings": theirs, "device": device}
+    cells = (*MODELS, *LOOP, "judges", "evaluate")
+    three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
+    names |= {"lesson3": three, "series": three, "settings": ours}
+    cells = ("scores-so-far", "shaped")
+    four = SimpleNamespace(**import_cells(LESSON, *cells, names=names))
+    advantages = three.ppo_advantages
+    if way == "shaped":
+        advantages = four.shaped(three.score, three.eos_id)
+
+    seed_everything(ours.seed)
+    run = three.fresh_run(load_causal_lm(three.sft_folder, device), ours)
+    models, rest = (three.reference, three.score), (three.eos_id, ours)
+    few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
+    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
+    run.generator.manual_seed(ours.seed)  # as notebook 3 does
+    checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
+    rest = (ours, three.sft_responses, three.reward_folder)
+    preflight(*checked, three.tokenizer, *rest)
+    how = (advantages, three.ppo_update)
+    inputs = {"reference": three.reference, "reward model": three.reward_model}
+    checkpoint = Checkpoint(run, ours, (four.shaped, *how), inputs)
+    checkpoint.restore()
+
+    def pause(step):
+        checkpoint.save()
+
+    three.train(run, *models, three.prompts_of, three.eos_id, ours, *how, pause)
+    figures, rows = three.evaluate(run.policy)
+    possible = three.reference_scores(three.held_out, ours.possible_samples)
+    means = figures["score"], figures["kl"]
+    figures |= gain_in_objective(*means, possible, ours.kl_coef)
+    found = {"figures": figures, "history": run.history, "rows": rows}
+    write_text(ours.folder / "found.json", json.dumps(found))
+
+
+def collect(preset: str, seeds: range, way: str) -> dict:
+    """Figures, costs and curves of these seeds, each as a list over the seeds."""
+    found, costs = [], []
+    for seed in seeds:
+        ours, _ = settings_for(preset, seed, way)
+        found.append(json.loads((ROOT / ours.folder / "found.json").read_text()))
+        costs.append(json.loads((ROOT / ours.folder / "cost.json").read_text()))
+    return {
+        "figures": by_seed([one["figures"] for one in found]),
+        "seconds": [cost["seconds"] for cost in costs],
+        **records_of([one["history"] for one in found], ours),
+    }
+
+
+def records_of(histories: list[list[dict]], settings: Settings) -> dict:
+    """What the records of several runs say: curves, and how far an update moved."""
+    minibatches = settings.ppo_rollout_size // settings.ppo_minibatch_size
+    steps = settings.ppo_epochs * minibatches
+    early = [sum(row["optimizer_steps"] < steps for row in h) for h in histories]
+    curves = {
+        name: [[row[name] for row in h] for h in histories] for name in ("score", "kl")
+    }
+    first = [history[0]["approx_kl"] for history in histories]
+    return {"first_approx_kl": first, "ended_early": early, "curves": curves}
+
+
+def collect_ppo(seeds: range) -> dict:
+    """What `tools.real_run` found with PPO as it is, in the form of `collect`."""
+    found, costs, before = [], [], []
+    for seed in seeds:
+        theirs, _ = settings_of(seed, {})
+        place = ROOT / theirs.folder
+        found.append(json.loads((place / "policy/metrics.json").read_text()))
+        costs.append(json.loads((place / "policy-cost.json").read_text()))
+        before.append(found[-1]["before"])
+    return {
+        "before": by_seed(before),
+        "figures": by_seed([one["after"] for one in found]),
+        "seconds": [cost["seconds"] for cost in costs],
+        **records_of([one["history"] for one in found], theirs),
+    }
+
+
+def main(argv=None):
+    """Do what is missing, and write what was measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.shaping",
+        description="PPO with shaped rewards, in the tiny world and on a real model.",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many of tools.real_run's, from 42 on"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
+    parser.add_argument("--one", nargs=3, metavar=("PRESET", "SEED", "WAY"))
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"one run at once is the least, got --jobs {options.jobs}")
+    if options.seeds < 1:
+        parser.error(f"a real run takes one seed at least, got --seeds {options.seeds}")
+    if options.one:
+        preset, seed, way = options.one
+        measure(preset, int(seed), way)
+        return
+    real = range(FULL.seed, FULL.seed + options.seeds)
+    runs = {("full", "shaped"): real}
+    runs |= {("tiny", way): TINY_SEEDS for way in WAYS}
+    try:
+        find_artefacts(TINY, "sft", "reward_model")
+        tasks = [
+            (preset, seed, way, settings_for(preset, seed, way)[0].folder)
+            for (preset, way), seeds in runs.items()
+            for seed in seeds
+        ]
+    except FileNotFoundError as error:
+        parser.error(str(error))
+
+    def run(preset, seed, way, folder):
+        if (cost := ROOT / folder / "cost.json").exists():
+            return
+        command = [sys.executable, "-m", "tools.shaping", "--one", preset, str(seed)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        failed, spent = run_measured([*command, way], environment)
+        if failed:
+            sys.exit(f"{preset}, seed {seed}, {way} stopped, see above")
+        write_text(cost, json.dumps(spent))
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda task: run(*task), tasks))
+    found = {
+        "tiny": {way: collect("tiny", TINY_SEEDS, way) for way in WAYS},
+        "real": {"PPO": collect_ppo(real), "shaped": collect("full", real, "shaped")},
+    }
+    write_text(ROOT / RESULTS, json.dumps(rounded(found)) + "\n")
+    shares = found["real"]["shaped"]["figures"]["share"]
+    listed = ", ".join(f"{share:.1%}" for share in shares)
+    print(f"{RESULTS}: {listed} of the best possible gain on a real model")
+
+
+if __name__ == "__main__":
+    main()
