@@ -227,9 +227,10 @@ def test_growth_by_hand():
     assert lines[5] == "| 256 in rollouts of 256 | 4.5 | 1.00 | 4.01 |"
 
 
-def test_the_page_quotes_what_was_measured():
-    measured = json.loads((RESULTS / "compare.json").read_text())
-    text = (RESULTS / "compare.md").read_text()
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "real"])
+def test_the_page_quotes_what_was_measured(folder):
+    measured = json.loads((folder / "compare.json").read_text())
+    text = (folder / "compare.md").read_text()
     assert report.text_of(measured) == text
     assert text.strip() in (ROOT / "docs/speed.md").read_text()
 
