@@ -162,11 +162,22 @@ def test_a_learning_curve_of_one_seed_has_no_band():
 
 def test_a_race_shows_means_and_no_kl_below_zero():
     found = {"score": [[0.0, 1.0], [0.0, 3.0]], "kl": [[0.0, 1.0], [0.0, 2.0]]}
+    found["score"] += 3 * [[0.0, 2.0]]
+    found["kl"] += 3 * [[0.0, 1.5]]
     names = ("REINFORCE", "RLOO", "GRPO", "PPO")
     score, kl = plots.plot_race(dict.fromkeys(names, found)).axes
     assert [line.get_label() for line in score.lines] == list(names)
     assert score.lines[0].get_ydata().tolist() == [0.0, 2.0]
-    # 12.706 s / sqrt(2), where s is |a - b| / sqrt(2)
+    # 2.776 s / sqrt(5), where s is sqrt(2 / 4)
     top = score.collections[0].get_paths()[0].vertices[:, 1].max()
-    assert top == pytest.approx(2 + 12.706, abs=1e-3)
+    assert top == pytest.approx(2 + 2.776 * (1 / 2) ** 0.5 / 5**0.5, abs=1e-3)
     assert kl.get_ylim()[0] == 0 and kl.lines[3].get_ydata()[1] == 1.5
+
+
+def test_a_race_of_two_seeds_shows_both_instead_of_a_band():
+    found = {"score": [[0.0, 1.0], [0.0, 3.0]], "kl": [[0.0, 1.0], [0.0, 2.0]]}
+    score, _ = plots.plot_race({"shaped": found, "PPO": found}).axes
+    assert not score.collections
+    shown = [line.get_ydata().tolist() for line in score.lines]
+    assert shown == 2 * [[0.0, 2.0], [0.0, 1.0], [0.0, 3.0]]
+    assert [text.get_text() for text in score.get_legend().texts] == ["shaped", "PPO"]

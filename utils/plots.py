@@ -243,15 +243,20 @@ def plot_moments(estimators: dict[str, tuple[float, float, float]]):
 def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
     """Score and KL of each estimator over the rollouts: mean and 95 % interval.
 
-    By estimator, of which there are four at most, and figure: a curve for each seed.
+    By estimator, of which there are four at most, and figure: a curve for each seed. Of
+    fewer than five, whose interval would say little, each is shown.
     """
     figures = {"score": "normalised score", "kl": "nats per response"}
     figure, axes = _axes(1, len(figures), width=4.5, height=3.2)
     for axis, (key, unit) in zip(axes, figures.items(), strict=True):
         colours = (GREY, GREEN, RED, BLUE)[-len(curves) :]
         for (name, found), colour in zip(curves.items(), colours, strict=True):
-            mean, half = interval_95(torch.tensor(found[key]))
+            runs = torch.tensor(found[key])
+            mean, half = interval_95(runs)
             axis.plot(mean, color=colour, label=name)
+            if len(runs) < 5:
+                axis.plot(runs.t(), color=colour, linewidth=0.8, alpha=0.5)
+                continue
             edges = (mean - half, mean + half)
             axis.fill_between(range(len(mean)), *edges, color=colour, alpha=0.2)
         axis.set(title=key, xlabel="rollout", ylabel=unit)
