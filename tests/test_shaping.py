@@ -82,14 +82,14 @@ def score_zeros(input_ids, attention_mask, mask):
     return torch.zeros(len(input_ids)), torch.zeros(len(input_ids))
 
 
-@pytest.mark.parametrize("beta", [0.25, 1.0])
-def test_the_best_policy_stays_the_best(cells, beta):
+def test_the_best_policy_stays_the_best(cells):
     _, four = cells
     world = exact_world.ExactWorld(seed=2)
-    lm = four.train_exactly(world, beta, four.shaped(world.score, exact_world.EOS)).lm
-    assert world.reached(lm, beta) > 0.98
+    lm = four.train_exactly(world, 0.25, four.shaped(world.score, exact_world.EOS)).lm
+    assert world.reached(lm, 0.25) > 0.98
 
 
+@pytest.mark.slow
 def test_a_bonus_without_the_difference_leads_elsewhere(cells, monkeypatch):
     """What the potential before a token is taken away for."""
     _, four = cells
