@@ -595,7 +595,7 @@ def _(rewards, potentials, mask, gamma):
 @mutant(checks.check_shaped_rewards, "shaping one token late", "one place late")
 def _(rewards, potentials, mask, gamma):
     before = torch.nn.functional.pad(potentials[:, :-1], (1, 0))
-    return (rewards + potentials - before) * mask
+    return (rewards + gamma * potentials - before) * mask
 
 
 @mutant(checks.check_shaped_rewards, "nothing but the shaping", "itself is left out")

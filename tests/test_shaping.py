@@ -11,6 +11,7 @@ from tests.test_rollout import EOS, small_lm
 from tools import shaping
 from utils.estimators import shaped_rewards
 from utils.models import RewardModel, freeze
+from utils.ppo import compute_gae, masked_whiten
 from utils.practice import exact_world
 from utils.settings import FULL, TINY
 from utils.support.notebook import LOOP, NOTEBOOKS, import_cells
@@ -82,6 +83,33 @@ def score_zeros(input_ids, attention_mask, mask):
     return torch.zeros(len(input_ids)), torch.zeros(len(input_ids))
 
 
+def test_the_advantages_are_those_of_the_shaped_rewards(cells):
+    """All steps by hand, with values that are not 0; and not those of PPO alone."""
+    three, four = cells
+    world = exact_world.ExactWorld(seed=4)
+    own = dataclasses.replace(exact_world.SETTINGS, gae_lambda=0.9)
+    run = three.fresh_run(exact_world.ExactWorld(seed=5).reference, own)
+    torch.nn.init.normal_(run.policy.value_head.weight)
+    models = (run.policy, world.reference, world.score)
+    prompts, rest = [exact_world.PROMPT] * 64, (exact_world.EOS, own, run.generator)
+    rollout = three.collect_rollout(*models, prompts, *rest)
+    mask, values = rollout.mask, rollout.old_values
+    found = four.shaped(world.score, exact_world.EOS)(rollout, own, 0.3)
+
+    so_far = four.scores_so_far(rollout, world.score, exact_world.EOS, own)
+    plain = three.ppo_advantages(rollout, own, 0.3)
+    rewards = shaped_rewards(plain.rewards, so_far, mask)
+    advantages, returns = compute_gae(rewards, values, mask, 1.0, 0.9)
+    close = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(found.rewards, rewards, **close)
+    torch.testing.assert_close(found.returns, returns, **close)
+    right = masked_whiten(advantages, mask)
+    torch.testing.assert_close(found.advantages, right, **close)
+    paid = found.rewards.sum(dim=1) - plain.rewards.sum(dim=1)
+    torch.testing.assert_close(paid, -so_far[:, 0], **close)
+    assert (found.advantages - plain.advantages).abs().max() > 0.1
+
+
 def test_the_best_policy_stays_the_best(cells):
     _, four = cells
     world = exact_world.ExactWorld(seed=2)
@@ -108,16 +136,17 @@ def pretended(tmp_path, monkeypatch):
     """Runs that are done at once; the commands that were asked for."""
     commands = []
 
-    def run_measured(command, environment):
+    def run(command, cwd, env):
         *_, preset, seed, way = command
-        assert environment["OMP_NUM_THREADS"] == "1"
+        assert env["OMP_NUM_THREADS"] == "1" and cwd == tmp_path
         commands.append((preset, int(seed), way))
         ours, _ = shaping.settings_for(preset, int(seed), way)
         history = [{"score": 0.5, "kl": 1.0, "approx_kl": 0.01, "optimizer_steps": 3}]
-        found = {"figures": {"share": int(seed) / 100}, "history": history, "rows": []}
+        found = {"figures": {"share": int(seed) / 100}, "history": history}
+        found |= {"seconds": 7.0, "rows": []}
         (tmp_path / ours.folder).mkdir(parents=True)
         (tmp_path / ours.folder / "found.json").write_text(json.dumps(found))
-        return 0, {"seconds": 7.0, "peak_gib": 1.0}
+        return SimpleNamespace(returncode=0)
 
     def settings_of(seed, changes):
         theirs = dataclasses.replace(FULL, seed=seed, runs_dir=f"theirs/{seed}")
@@ -128,22 +157,22 @@ def pretended(tmp_path, monkeypatch):
         place.mkdir(parents=True)
         row = {"score": 0.1, "kl": 2.0, "approx_kl": 0.02, "optimizer_steps": 4}
         metrics = {"before": {"kl": 0.0}, "after": {"kl": 2.0}, "history": [row]}
+        metrics["seconds"] = 9.0
         (place / "metrics.json").write_text(json.dumps(metrics))
-        (place.parent / "policy-cost.json").write_text('{"seconds": 9.0}')
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(shaping, "ROOT", tmp_path)
-    monkeypatch.setattr(shaping, "run_measured", run_measured)
+    monkeypatch.setattr(shaping.subprocess, "run", run)
     monkeypatch.setattr(shaping, "settings_of", settings_of)
     monkeypatch.setattr(shaping, "find_artefacts", lambda *names: names)
     return commands
 
 
 def test_every_run_is_done_once_and_collected(pretended, tmp_path):
-    shaping.main(["--jobs", "2"])
+    shaping.main(["--jobs", "2", "--seeds", "3"])
     full = [("full", seed, "shaped") for seed in (42, 43, 44)]
     tiny = [("tiny", s, way) for way in ("PPO", "shaped") for s in range(5)]
     assert sorted(pretended) == sorted(full + tiny)
-    shaping.main([])
+    shaping.main(["--seeds", "3"])
     assert len(pretended) == 13, "a run was done again"
     found = json.loads((tmp_path / shaping.RESULTS).read_text())
     assert list(found) == ["tiny", "real"]
@@ -151,7 +180,7 @@ def test_every_run_is_done_once_and_collected(pretended, tmp_path):
     shaped, ppo = found["real"]["shaped"], found["real"]["PPO"]
     assert shaped["figures"] == {"share": [0.42, 0.43, 0.44]}
     assert shaped["ended_early"] == [1, 1, 1] and ppo["ended_early"] == [0, 0, 0]
-    assert shaped["seconds"] == [7.0] * 3 and ppo["seconds"] == [9.0] * 3
+    assert shaped["loop_seconds"] == [7.0] * 3 and ppo["loop_seconds"] == [9.0] * 3
     assert ppo["before"] == {"kl": [0.0] * 3} and ppo["first_approx_kl"] == [0.02] * 3
     assert shaped["curves"] == {"score": [[0.5]] * 3, "kl": [[1.0]] * 3}
     assert found["tiny"]["PPO"]["figures"] == {"share": [0, 0.01, 0.02, 0.03, 0.04]}
@@ -165,9 +194,11 @@ def test_what_cannot_be_measured_is_said_first(pretended, monkeypatch, capsys):
     for arguments, said in (
         ([], "run python -m tools.real_run"),
         (["--jobs", "0"], "got --jobs 0"),
-        (["--seeds", "0"], "got --seeds 0"),
+        (["--seeds", "1"], "got --seeds 1"),
     ):
         with pytest.raises(SystemExit):
             shaping.main(arguments)
         assert said in capsys.readouterr().err
     assert not pretended
+    with pytest.raises(ValueError, match="way must be PPO or shaped, got 'shapd'"):
+        shaping.main(["--one", "tiny", "0", "shapd"])

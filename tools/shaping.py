@@ -4,14 +4,15 @@ The method is that of `more/4-Estimators.ipynb`, which shows what this command m
 as many episodes as notebook 3 takes, from the same models. In the tiny world five seeds
 on the models of `runs/tiny`; on a real model the seeds that `tools.real_run` has run,
 each beside its own PPO. Every run is a process of one thread. What is there is not
-done again, and a real run goes on from its checkpoint. The figures go to
-`docs/shaping.json`.
+done again, and a run that was interrupted goes on from its checkpoint. The figures go
+to `docs/shaping.json`.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,9 @@ import torch
 
 from tools.race import LESSON, MODELS, by_seed, rounded
 from tools.real_adapters import settings_of
-from tools.real_run import run_measured
 from utils.evaluation import gain_in_objective
 from utils.models import load_causal_lm
-from utils.settings import FULL, TINY, Settings
+from utils.settings import FULL, TINY, Settings, check_choice
 from utils.support.artefacts import find_artefacts, write_text
 from utils.support.checkpoint import Checkpoint
 from utils.support.notebook import LOOP, ROOT, import_cells
@@ -50,6 +50,7 @@ def settings_for(preset: str, seed: int, way: str) -> tuple[Settings, dict]:
 
 def measure(preset: str, seed: int, way: str):
     """Train, and write the figures, the texts and the history beside them."""
+    check_choice("way", way, WAYS)
     torch.set_num_threads(1)
     ours, models = settings_for(preset, seed, way)
     theirs, device = prepare("policy", preset, models)
@@ -85,26 +86,26 @@ def measure(preset: str, seed: int, way: str):
     possible = three.reference_scores(three.held_out, ours.possible_samples)
     means = figures["score"], figures["kl"]
     figures |= gain_in_objective(*means, possible, ours.kl_coef)
-    found = {"figures": figures, "history": run.history, "rows": rows}
+    found = {"figures": figures, "history": run.history, "seconds": run.seconds}
+    found["rows"] = rows
     write_text(ours.folder / "found.json", json.dumps(found))
 
 
 def collect(preset: str, seeds: range, way: str) -> dict:
-    """Figures, costs and curves of these seeds, each as a list over the seeds."""
-    found, costs = [], []
+    """Figures, seconds and curves of these seeds, each as a list over the seeds."""
+    found = []
     for seed in seeds:
         ours, _ = settings_for(preset, seed, way)
         found.append(json.loads((ROOT / ours.folder / "found.json").read_text()))
-        costs.append(json.loads((ROOT / ours.folder / "cost.json").read_text()))
     return {
         "figures": by_seed([one["figures"] for one in found]),
-        "seconds": [cost["seconds"] for cost in costs],
-        **records_of([one["history"] for one in found], ours),
+        **records_of(found, ours),
     }
 
 
-def records_of(histories: list[list[dict]], settings: Settings) -> dict:
-    """What the records of several runs say: curves, and how far an update moved."""
+def records_of(runs: list[dict], settings: Settings) -> dict:
+    """What several runs wrote down: seconds of the loop, curves, and how it moved."""
+    histories = [run["history"] for run in runs]
     minibatches = settings.ppo_rollout_size // settings.ppo_minibatch_size
     steps = settings.ppo_epochs * minibatches
     early = [sum(row["optimizer_steps"] < steps for row in h) for h in histories]
@@ -112,23 +113,25 @@ def records_of(histories: list[list[dict]], settings: Settings) -> dict:
         name: [[row[name] for row in h] for h in histories] for name in ("score", "kl")
     }
     first = [history[0]["approx_kl"] for history in histories]
-    return {"first_approx_kl": first, "ended_early": early, "curves": curves}
+    return {
+        "loop_seconds": [run["seconds"] for run in runs],
+        "first_approx_kl": first,
+        "ended_early": early,
+        "curves": curves,
+    }
 
 
 def collect_ppo(seeds: range) -> dict:
     """What `tools.real_run` found with PPO as it is, in the form of `collect`."""
-    found, costs, before = [], [], []
+    found = []
     for seed in seeds:
         theirs, _ = settings_of(seed, {})
         place = ROOT / theirs.folder
         found.append(json.loads((place / "policy/metrics.json").read_text()))
-        costs.append(json.loads((place / "policy-cost.json").read_text()))
-        before.append(found[-1]["before"])
     return {
-        "before": by_seed(before),
+        "before": by_seed([one["before"] for one in found]),
         "figures": by_seed([one["after"] for one in found]),
-        "seconds": [cost["seconds"] for cost in costs],
-        **records_of([one["history"] for one in found], theirs),
+        **records_of(found, theirs),
     }
 
 
@@ -139,15 +142,15 @@ def main(argv=None):
         description="PPO with shaped rewards, in the tiny world and on a real model.",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, help="how many of tools.real_run's, from 42 on"
+        "--seeds", type=int, default=2, help="how many of tools.real_run's, from 42 on"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
     parser.add_argument("--one", nargs=3, metavar=("PRESET", "SEED", "WAY"))
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"one run at once is the least, got --jobs {options.jobs}")
-    if options.seeds < 1:
-        parser.error(f"a real run takes one seed at least, got --seeds {options.seeds}")
+    if options.seeds < 2:
+        parser.error(f"a spread takes 2 seeds or more, got --seeds {options.seeds}")
     if options.one:
         preset, seed, way = options.one
         measure(preset, int(seed), way)
@@ -166,14 +169,12 @@ def main(argv=None):
         parser.error(str(error))
 
     def run(preset, seed, way, folder):
-        if (cost := ROOT / folder / "cost.json").exists():
+        if (ROOT / folder / "found.json").exists():
             return
         command = [sys.executable, "-m", "tools.shaping", "--one", preset, str(seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        failed, spent = run_measured([*command, way], environment)
-        if failed:
+        if subprocess.run([*command, way], cwd=ROOT, env=environment).returncode:
             sys.exit(f"{preset}, seed {seed}, {way} stopped, see above")
-        write_text(cost, json.dumps(spent))
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda task: run(*task), tasks))

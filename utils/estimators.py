@@ -83,9 +83,10 @@ def shaped_rewards(
     """Rewards on the way: r_t + gamma * Phi_{t+1} - Phi_t, with Phi = 0 after the end.
 
     All (B, T) -> (B, T), 0 outside the mask. The potential Phi_t may be any guess that
-    is made from what stands before token t. What a response earns in all changes by
-    -Phi_0, which it cannot choose, so the best policy stays what it was: Ng et al.
-    1999, theorem 1. Raises ValueError if the shapes disagree.
+    is made from what stands before token t. What a response earns in all, each reward
+    discounted by gamma^t, changes by -Phi_0, which it cannot choose, so the best policy
+    stays what it was: Ng et al. 1999, theorem 1. Raises ValueError if the shapes
+    disagree.
     """
     check_shapes(rewards=rewards, potentials=potentials, mask=mask)
     outside = ~mask.bool()

@@ -140,7 +140,7 @@ def check_shaped_rewards(function, seed: int = 0) -> Result:
         ),
         (
             "the potentials are one place late: before the token, not after it",
-            shaped(lambda now, then: now)
+            shaped(lambda now, then: gamma * now)
             - case.table([[0, *p[:-1]] for (p,) in case.rows(potentials)]),
         ),
         ("the reward itself is left out", shaped(right) - case.mask * rewards),
