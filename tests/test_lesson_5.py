@@ -114,6 +114,16 @@ def test_whose_labels_must_be_one_of_three():
         import_cells(LESSON, "settings", names=names)
 
 
+def test_where_a_coin_decides_every_pair_there_is_no_share(capsys):
+    """Few pairs, all of them of equal utility: nothing can be had above chance."""
+    names = {"settings": TINY, "ceiling": 0.5, "test_utilities": torch.zeros(2, 2)}
+    names |= {"train_pairs": [], "test_pairs": [], "both_texts": lambda pairs: []}
+    names["train_on_pairs"] = lambda *_: (None, [{"loss": 0.7, "accuracy": 0.5}])
+    names["score_texts"] = lambda *_: torch.tensor([1.0, 0.0, 2.0, 3.0])
+    import_cells(LESSON, "reward-from-pairs", names=names)
+    assert capsys.readouterr().out.endswith("new prompts 50.0%, ceiling 50.0%")
+
+
 PARTS = {
     "before": "loop sample-pairs pairs questions utility label-few label-mine label",
     "after": "label-mine label-all split both-texts ceiling train-on-pairs "

@@ -145,7 +145,8 @@ def main(argv=None):
         "--seeds", type=int, default=2, help="how many of tools.real_run's, from 42 on"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
-    parser.add_argument("--one", nargs=3, metavar=("PRESET", "SEED", "WAY"))
+    one = {"nargs": 3, "metavar": ("PRESET", "SEED", "WAY")}
+    parser.add_argument("--one", **one, help="this run only, in this process")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"one run at once is the least, got --jobs {options.jobs}")

@@ -115,11 +115,11 @@ def check_shaped_rewards(function, seed: int = 0) -> Result:
     rewards, potentials = case.normal(), case.normal()
     gamma = case.uniform(0.6, 0.95)
 
-    def shaped(bonus, end=0.0):
-        """r_t + bonus(Phi_t, Phi_{t+1}), with this Phi after the last token."""
+    def shaped(bonus):
+        """r_t + bonus(Phi_t, Phi_{t+1}), where Phi is 0 after the last token."""
         rows = []
         for r, phi in case.rows(rewards, potentials):
-            behind = [*phi[1:], end]
+            behind = [*phi[1:], 0.0]
             rows.append([x + bonus(*y) for x, *y in zip(r, phi, behind, strict=True)])
         return case.table(rows)
 
