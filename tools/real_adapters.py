@@ -70,6 +70,26 @@ def train_reward(theirs: Settings, ours: Settings, device):
     write_text(place / "metrics.json", json.dumps(metrics))
 
 
+def train_checked(three, run, settings, advantages, reward_folder, code=()):
+    """PPO with notebook 3's cells: after its preflight, and saved between rollouts."""
+    models, rest = (three.reference, three.score), (three.eos_id, settings)
+    few = three.prompts_of(0)[: settings.ppo_micro_batch_size]
+    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
+    run.generator.manual_seed(settings.seed)  # as notebook 3 does
+    checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
+    preflight(*checked, three.tokenizer, settings, three.sft_responses, reward_folder)
+
+    how = (advantages, three.ppo_update)
+    inputs = {"reference": three.reference, "reward model": three.reward_model}
+    checkpoint = Checkpoint(run, settings, (*code, *how), inputs)
+    checkpoint.restore()
+
+    def pause(step):
+        checkpoint.save()
+
+    three.train(run, *models, three.prompts_of, *rest, *how, pause)
+
+
 def train_policy(theirs: Settings, ours: Settings, device):
     """A policy adapter by PPO, with nothing in memory but one base and two adapters."""
     sft_folder = str(theirs.folder / "sft")
@@ -80,26 +100,10 @@ def train_policy(theirs: Settings, ours: Settings, device):
     policy, reference, reward_model, _ = seven.build(2, RANK)
     names = {"settings": ours, "device": device, "tokenizer": tokenizer}
     names |= {"reference": reference, "reward_model": reward_model}
-    vars(three).update(import_cells("3-RLHF.ipynb", *START, names=names))
+    vars(three).update(names | import_cells("3-RLHF.ipynb", *START, names=names))
 
-    run, models = seven.fresh_adapter_run(policy, ours), (reference, three.score)
-    few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
-    rest = (three.eos_id, ours)
-    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
-    run.generator.manual_seed(ours.seed)  # as notebook 3 does
-    place = seven.ADAPTERS / ON_THE_BASE
-    checked = (run.policy, reference, reward_model, run.optimizer, trial, tokenizer)
-    preflight(*checked, ours, three.sft_responses, place)
-
-    how = (three.ppo_advantages, three.ppo_update)
-    inputs = {"reference": reference, "reward model": reward_model}
-    checkpoint = Checkpoint(run, ours, how, inputs)
-    checkpoint.restore()
-
-    def pause(step):
-        checkpoint.save()
-
-    three.train(run, *models, three.prompts_of, *rest, *how, pause)
+    run = seven.fresh_adapter_run(policy, ours)
+    train_checked(three, run, ours, three.ppo_advantages, seven.ADAPTERS / ON_THE_BASE)
     save_adapter(run.policy.lm, "policy", seven.ADAPTERS / "policy")
     head = run.policy.value_head.state_dict()
     save_file(head, seven.ADAPTERS / "policy/value_head.safetensors")

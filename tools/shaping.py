@@ -21,14 +21,13 @@ from types import SimpleNamespace
 import torch
 
 from tools.race import LESSON, MODELS, by_seed, rounded
-from tools.real_adapters import settings_of
+from tools.real_adapters import settings_of, train_checked
 from utils.evaluation import gain_in_objective
 from utils.models import load_causal_lm
 from utils.settings import FULL, TINY, Settings, check_choice
 from utils.support.artefacts import find_artefacts, write_text
-from utils.support.checkpoint import Checkpoint
 from utils.support.notebook import LOOP, ROOT, import_cells
-from utils.support.preflight import preflight, prepare
+from utils.support.preflight import prepare
 from utils.training import seed_everything
 
 RESULTS, OURS = "docs/shaping.json", Path("runs/shaping")
@@ -66,22 +65,7 @@ def measure(preset: str, seed: int, way: str):
 
     seed_everything(ours.seed)
     run = three.fresh_run(load_causal_lm(three.sft_folder, device), ours)
-    models, rest = (three.reference, three.score), (three.eos_id, ours)
-    few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
-    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
-    run.generator.manual_seed(ours.seed)  # as notebook 3 does
-    checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
-    rest = (ours, three.sft_responses, three.reward_folder)
-    preflight(*checked, three.tokenizer, *rest)
-    how = (advantages, three.ppo_update)
-    inputs = {"reference": three.reference, "reward model": three.reward_model}
-    checkpoint = Checkpoint(run, ours, (four.shaped, *how), inputs)
-    checkpoint.restore()
-
-    def pause(step):
-        checkpoint.save()
-
-    three.train(run, *models, three.prompts_of, three.eos_id, ours, *how, pause)
+    train_checked(three, run, ours, advantages, three.reward_folder, (four.shaped,))
     figures, rows = three.evaluate(run.policy)
     possible = three.reference_scores(three.held_out, ours.possible_samples)
     means = figures["score"], figures["kl"]
