@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -172,10 +173,16 @@ def test_the_folders_load_like_any_other(world, dataset):
     assert reviews["validation"]["label"][:5] == dataset["validation"]["label"][:5]
 
 
-def test_it_is_built_once_and_again_when_its_definition_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def quick_to_build(monkeypatch):
     monkeypatch.setitem(tiny_world.PRETRAINING, "steps", 1)
     monkeypatch.setattr(tiny_world, "ROWS", {"train": 20, "validation": 5, "test": 5})
     monkeypatch.setattr(tiny_world, "VOCABULARY", 300)
+
+
+def test_it_is_built_once_and_again_when_its_definition_changes(
+    tmp_path, monkeypatch, quick_to_build
+):
     folder = tiny_world.build_world(tmp_path / "world", show_progress=False)
     weights = folder / "model" / "model.safetensors"
     first = weights.stat().st_mtime_ns
@@ -185,3 +192,29 @@ def test_it_is_built_once_and_again_when_its_definition_changes(tmp_path, monkey
     tiny_world.build_world(folder, show_progress=False)
     assert weights.stat().st_mtime_ns != first
     assert not folder.with_name("world.unfinished").exists()
+
+
+def test_of_two_at_once_the_second_waits_for_the_first(
+    tmp_path, monkeypatch, quick_to_build
+):
+    folder, built, said, waits = tmp_path / "world", [], [], threading.Event()
+    second = threading.Thread(target=tiny_world.build_world, args=[folder])
+    pretrain = tiny_world.pretrain
+
+    def hear(text):
+        said.append(text)
+        waits.set()
+
+    def meanwhile(*args):
+        built.append(args)
+        second.start()
+        assert waits.wait(timeout=60), "the second did not wait"
+        return pretrain(*args)
+
+    monkeypatch.setattr(tiny_world, "print", hear, raising=False)
+    monkeypatch.setattr(tiny_world, "pretrain", meanwhile)
+    tiny_world.build_world(folder, show_progress=False)
+    second.join(timeout=60)
+    assert not second.is_alive() and len(built) == len(said) == 1
+    assert "another process builds the tiny world" in said[0]
+    assert (folder / "model/model.safetensors").exists()

@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import torch
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
@@ -317,12 +318,33 @@ def definition() -> str:
 def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     """Write `dataset` and `model` under the folder, unless they are there already.
 
-    An interrupted build leaves nothing that looks finished.
+    An interrupted build leaves nothing that looks finished. Of two processes at once,
+    say a notebook and a command, the second waits for the first.
     """
     folder = Path(folder)
-    stamp = folder / "definition.txt"
-    if stamp.exists() and stamp.read_text() == definition():
+    if _is_built(folder):
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("another process builds the tiny world: waiting for it, a minute or two")
+        lock.acquire()
+    try:
+        if not _is_built(folder):
+            _build(folder, show_progress)
+    finally:
+        lock.release()
+    return folder
+
+
+def _is_built(folder):
+    stamp = folder / "definition.txt"
+    return stamp.exists() and stamp.read_text() == definition()
+
+
+def _build(folder, show_progress):
     # Renamed when all of it is there
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -337,7 +359,6 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     (unfinished / "definition.txt").write_text(definition())
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    return folder
 
 
 def is_used_by(settings) -> bool:
