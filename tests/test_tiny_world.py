@@ -198,7 +198,7 @@ def test_of_two_at_once_the_second_waits_for_the_first(
     tmp_path, monkeypatch, quick_to_build
 ):
     folder, built, said, waits = tmp_path / "world", [], [], threading.Event()
-    second = threading.Thread(target=tiny_world.build_world, args=[folder])
+    second = threading.Thread(target=tiny_world.build_world, args=[folder], daemon=True)
     pretrain = tiny_world.pretrain
 
     def hear(text):

@@ -14,6 +14,7 @@ is in 4 bits is measured, too (bitsandbytes has to be installed).
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -70,8 +71,12 @@ def train_reward(theirs: Settings, ours: Settings, device):
     write_text(place / "metrics.json", json.dumps(metrics))
 
 
-def train_checked(three, run, settings, advantages, reward_folder, code=()):
-    """PPO with notebook 3's cells: after its preflight, and saved between rollouts."""
+def train_checked(three, run, settings, advantages, reward_folder, code=(), loss=None):
+    """PPO with notebook 3's cells: after its preflight, and saved between rollouts.
+
+    With another loss than PPO's, if there is one. A checkpoint of other `code` than
+    this (which names what made the loss), advantages or update is refused.
+    """
     models, rest = (three.reference, three.score), (three.eos_id, settings)
     few = three.prompts_of(0)[: settings.ppo_micro_batch_size]
     trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
@@ -79,9 +84,10 @@ def train_checked(three, run, settings, advantages, reward_folder, code=()):
     checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
     preflight(*checked, three.tokenizer, settings, three.sft_responses, reward_folder)
 
-    how = (advantages, three.ppo_update)
+    how = (advantages, functools.partial(three.ppo_update, loss=loss))
+    code = (*code, advantages, three.ppo_update)
     inputs = {"reference": three.reference, "reward model": three.reward_model}
-    checkpoint = Checkpoint(run, settings, (*code, *how), inputs)
+    checkpoint = Checkpoint(run, settings, code, inputs)
     checkpoint.restore()
 
     def pause(step):

@@ -325,6 +325,7 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     if _is_built(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The empty file stays: to remove it would let a third process past a second
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -340,8 +341,10 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
 
 
 def _is_built(folder):
-    stamp = folder / "definition.txt"
-    return stamp.exists() and stamp.read_text() == definition()
+    try:
+        return (folder / "definition.txt").read_text() == definition()
+    except FileNotFoundError:
+        return False
 
 
 def _build(folder, show_progress):
