@@ -83,16 +83,23 @@ def score_zeros(input_ids, attention_mask, mask):
     return torch.zeros(len(input_ids)), torch.zeros(len(input_ids))
 
 
-def test_the_advantages_are_those_of_the_shaped_rewards(cells):
-    """All steps by hand, with values that are not 0; and not those of PPO alone."""
-    three, four = cells
+@pytest.fixture
+def drawn(cells):
+    """An exact world, and a rollout of another policy, with values that are not 0."""
+    three, _ = cells
     world = exact_world.ExactWorld(seed=4)
     own = dataclasses.replace(exact_world.SETTINGS, gae_lambda=0.9)
     run = three.fresh_run(exact_world.ExactWorld(seed=5).reference, own)
     torch.nn.init.normal_(run.policy.value_head.weight)
     models = (run.policy, world.reference, world.score)
     prompts, rest = [exact_world.PROMPT] * 64, (exact_world.EOS, own, run.generator)
-    rollout = three.collect_rollout(*models, prompts, *rest)
+    return world, own, run.policy, three.collect_rollout(*models, prompts, *rest)
+
+
+def test_the_advantages_are_those_of_the_shaped_rewards(cells, drawn):
+    """All steps by hand, with values that are not 0; and not those of PPO alone."""
+    three, four = cells
+    world, own, _, rollout = drawn
     mask, values = rollout.mask, rollout.old_values
     found = four.shaped(world.score, exact_world.EOS)(rollout, own, 0.3)
 
@@ -178,16 +185,10 @@ def test_advantages_and_loss_together_have_the_gradient_of_the_kl(cells):
     assert ((found * unit - right).norm() / right.norm()).item() < 0.05
 
 
-def test_only_the_price_of_its_own_place_leaves_an_advantage(cells):
+def test_only_the_price_of_its_own_place_leaves_an_advantage(cells, drawn):
     """With values that are not 0, and scores; rewards and returns stay PPO's."""
     three, four = cells
-    world = exact_world.ExactWorld(seed=4)
-    own = dataclasses.replace(exact_world.SETTINGS, gae_lambda=0.9)
-    run = three.fresh_run(exact_world.ExactWorld(seed=5).reference, own)
-    torch.nn.init.normal_(run.policy.value_head.weight)
-    models = (run.policy, world.reference, world.score)
-    prompts, rest = [exact_world.PROMPT] * 64, (exact_world.EOS, own, run.generator)
-    rollout = three.collect_rollout(*models, prompts, *rest)
+    world, own, policy, rollout = drawn
     mask, values = rollout.mask, rollout.old_values
     later_places, priced_loss = four.exactly_priced(world.reference)
     found, plain = (
@@ -203,9 +204,9 @@ def test_only_the_price_of_its_own_place_leaves_an_advantage(cells):
     torch.testing.assert_close(found.advantages, masked_whiten(A, mask), **close)
     assert (found.advantages - plain.advantages).abs().max() > 0.1
     with torch.no_grad():
-        loss, figures = priced_loss(run.policy, found, own)
-        plain_loss, plain_figures = three.ppo_loss(run.policy, found, own)
-        kl = four.kl_per_place(run.policy, world.reference, found, own)
+        loss, figures = priced_loss(policy, found, own)
+        plain_loss, plain_figures = three.ppo_loss(policy, found, own)
+        kl = four.kl_per_place(policy, world.reference, found, own)
     inside = mask.bool()
     price = 0.3 / A[inside].std(correction=0)
     assert (loss - plain_loss).item() == pytest.approx(
