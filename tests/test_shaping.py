@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.test_rollout import EOS, small_lm
-from tools import shaping
+from tools import real_adapters, shaping
 from utils.estimators import shaped_rewards
 from utils.models import RewardModel, freeze
 from utils.ppo import compute_gae, masked_whiten
@@ -242,6 +242,22 @@ def test_each_way_has_its_settings_and_its_method(cells):
     assert found["shaped"][0].__name__ == "dealt_out" and found["shaped"][1] is None
     names = [function.__name__ for function in found["exact KL"]]
     assert names == ["later_places", "priced_loss"]
+
+
+def test_a_loss_that_is_not_ppos_reaches_the_update(monkeypatch):
+    nothing, updates = SimpleNamespace(restore=lambda: None), []
+    monkeypatch.setattr(real_adapters, "preflight", lambda *models: None)
+    monkeypatch.setattr(real_adapters, "Checkpoint", lambda *parts: nothing)
+    names = ("reference", "score", "eos_id", "reward_model", "tokenizer")
+    three = SimpleNamespace(**dict.fromkeys((*names, "sft_responses")))
+    three.prompts_of = lambda step: [[3]]
+    three.collect_rollout = lambda *models: None
+    three.ppo_update = lambda loss: loss
+    three.train = lambda *parts: updates.append(parts[-2])
+    run = SimpleNamespace(policy=None, optimizer=None, generator=torch.Generator())
+    for loss in (None, "another"):
+        real_adapters.train_checked(three, run, TINY, None, "reward", loss=loss)
+        assert updates[-1]() is loss
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ Shaped rewards and the exact KL are those of `more/4-Estimators.ipynb`, which sh
 this command measures: as many episodes as notebook 3 takes, from the same models. In
 the tiny world on the models of `runs/tiny`, the exact KL with shorter rollouts and a
 higher rate, beside PPO with those, too. Shaped rewards also on a real model, with the
-seeds that `tools.real_run` has run, each beside its own PPO.
-Every run is a process of one thread. What is there is not done again, and a run that
-was interrupted goes on from its checkpoint. The figures go to `docs/shaping.json`.
+seeds that `tools.real_run` has run, each beside its own PPO. Every run is a process of
+one thread. What is there is not done again, and a run that was interrupted goes on from
+its checkpoint. The figures go to `docs/shaping.json`.
 """
 
 import argparse
