@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_a_stage_that_fails_ends_it(pretended, monkeypatch):
     monkeypatch.setattr(real_adapters, "run_measured", lambda *_: (1, {}))
     with pytest.raises(SystemExit, match="stopped in the stage reward"):
         real_adapters.main([])
+
+
+def test_prompts_of_other_settings_are_refused():
+    three = SimpleNamespace(reference=None, score=None, eos_id=0)
+    three.prompts_of = lambda step: [[3]] * TINY.ppo_rollout_size
+    half = dataclasses.replace(TINY, ppo_rollout_size=TINY.ppo_rollout_size // 2)
+    with pytest.raises(ValueError, match="256 prompts, but ppo_rollout_size is 128;"):
+        real_adapters.train_checked(three, None, half, None, "reward")
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ is in 4 bits is measured, too (bitsandbytes has to be installed).
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -71,23 +70,28 @@ def train_reward(theirs: Settings, ours: Settings, device):
     write_text(place / "metrics.json", json.dumps(metrics))
 
 
-def train_checked(three, run, settings, advantages, reward_folder, code=(), loss=None):
+def train_checked(three, run, settings, advantages, reward_folder, code=()):
     """PPO with notebook 3's cells: after its preflight, and saved between rollouts.
 
-    With another loss than PPO's, if there is one. A checkpoint of other `code` than
-    this (which names what made the loss), advantages or update is refused.
+    Raises ValueError if `three.prompts_of` is that of other settings: the rollouts
+    would be longer or shorter than these say.
     """
     models, rest = (three.reference, three.score), (three.eos_id, settings)
-    few = three.prompts_of(0)[: settings.ppo_micro_batch_size]
+    first = three.prompts_of(0)
+    if len(first) != settings.ppo_rollout_size:
+        raise ValueError(
+            f"prompts_of gives {len(first)} prompts, but ppo_rollout_size is "
+            f"{settings.ppo_rollout_size}; run its cell with these settings"
+        )
+    few = first[: settings.ppo_micro_batch_size]
     trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
     run.generator.manual_seed(settings.seed)  # as notebook 3 does
     checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
     preflight(*checked, three.tokenizer, settings, three.sft_responses, reward_folder)
 
-    how = (advantages, functools.partial(three.ppo_update, loss=loss))
-    code = (*code, advantages, three.ppo_update)
+    how = (advantages, three.ppo_update)
     inputs = {"reference": three.reference, "reward model": three.reward_model}
-    checkpoint = Checkpoint(run, settings, code, inputs)
+    checkpoint = Checkpoint(run, settings, (*code, *how), inputs)
     checkpoint.restore()
 
     def pause(step):

@@ -1,12 +1,11 @@
-"""Two changes to PPO beside PPO as it is: `python -m tools.shaping`.
+"""Shaped rewards beside PPO's own, in both worlds: `python -m tools.shaping`.
 
-Shaped rewards and the exact KL are those of `more/4-Estimators.ipynb`, which shows what
-this command measures: as many episodes as notebook 3 takes, from the same models. In
-the tiny world on the models of `runs/tiny`, the exact KL with shorter rollouts and a
-higher rate, beside PPO with those, too. Shaped rewards also on a real model, with the
-seeds that `tools.real_run` has run, each beside its own PPO. Every run is a process of
-one thread. What is there is not done again, and a run that was interrupted goes on from
-its checkpoint. The figures go to `docs/shaping.json`.
+The method is that of `more/4-Estimators.ipynb`, which shows what this command measures:
+as many episodes as notebook 3 takes, from the same models. In the tiny world five seeds
+on the models of `runs/tiny`; on a real model the seeds that `tools.real_run` has run,
+each beside its own PPO. Every run is a process of one thread. What is there is not
+done again, and a run that was interrupted goes on from its checkpoint. The figures go
+to `docs/shaping.json`.
 """
 
 import argparse
@@ -32,10 +31,8 @@ from utils.support.preflight import prepare
 from utils.training import seed_everything
 
 RESULTS, OURS = "docs/shaping.json", Path("runs/shaping")
-# In the tiny world, with how many seeds
-WAYS = {"PPO": 5, "shaped": 5, "small rollouts": 10, "exact KL": 10}
-# The best of a few that were tried on seeds 1 to 4
-SMALL = {"ppo_rollout_size": 128, "ppo_lr": 5e-4}
+TINY_SEEDS = range(5)
+WAYS = ("PPO", "shaped")
 
 
 def settings_for(preset: str, seed: int, way: str) -> tuple[Settings, dict]:
@@ -46,24 +43,13 @@ def settings_for(preset: str, seed: int, way: str) -> tuple[Settings, dict]:
         theirs, _ = settings_of(seed, {})
         models = dataclasses.asdict(theirs)
         models.pop("preset")
-    own = {"runs_dir": str(OURS / way / str(seed)), "checkpoint_every": 2}
-    if way in ("small rollouts", "exact KL"):
-        own |= SMALL
-    return dataclasses.replace(theirs, **own), models
-
-
-def method(way: str, three, four) -> tuple:
-    """The advantages, and the loss if it is not PPO's own."""
-    if way == "shaped":
-        return four.shaped(three.score, three.eos_id), None
-    if way == "exact KL":
-        return four.exactly_priced(three.reference)
-    return three.ppo_advantages, None
+    folder = {"runs_dir": str(OURS / way / str(seed)), "checkpoint_every": 2}
+    return dataclasses.replace(theirs, **folder), models
 
 
 def measure(preset: str, seed: int, way: str):
     """Train, and write the figures, the texts and the history beside them."""
-    check_choice("way", way, tuple(WAYS))
+    check_choice("way", way, WAYS)
     torch.set_num_threads(1)
     ours, models = settings_for(preset, seed, way)
     theirs, device = prepare("policy", preset, models)
@@ -71,14 +57,15 @@ def measure(preset: str, seed: int, way: str):
     cells = (*MODELS, *LOOP, "judges", "evaluate")
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
     names |= {"lesson3": three, "series": three, "settings": ours}
-    cells = ("scores-so-far", "shaped", "exactly-priced")
+    cells = ("scores-so-far", "shaped")
     four = SimpleNamespace(**import_cells(LESSON, *cells, names=names))
-    advantages, loss = method(way, three, four)
+    advantages = three.ppo_advantages
+    if way == "shaped":
+        advantages = four.shaped(three.score, three.eos_id)
 
     seed_everything(ours.seed)
     run = three.fresh_run(load_causal_lm(three.sft_folder, device), ours)
-    code = (four.shaped, four.exactly_priced)
-    train_checked(three, run, ours, advantages, three.reward_folder, code, loss)
+    train_checked(three, run, ours, advantages, three.reward_folder, (four.shaped,))
     figures, rows = three.evaluate(run.policy)
     possible = three.reference_scores(three.held_out, ours.possible_samples)
     means = figures["score"], figures["kl"]
@@ -136,7 +123,7 @@ def main(argv=None):
     """Do what is missing, and write what was measured."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.shaping",
-        description="PPO with shaped rewards and with the exact KL, beside PPO.",
+        description="PPO with shaped rewards, in the tiny world and on a real model.",
     )
     parser.add_argument(
         "--seeds", type=int, default=3, help="how many of tools.real_run's, from 42 on"
@@ -155,7 +142,7 @@ def main(argv=None):
         return
     real = range(FULL.seed, FULL.seed + options.seeds)
     runs = {("full", "shaped"): real}
-    runs |= {("tiny", way): range(n) for way, n in WAYS.items()}
+    runs |= {("tiny", way): TINY_SEEDS for way in WAYS}
     try:
         find_artefacts(TINY, "sft", "reward_model")
         tasks = [
@@ -176,18 +163,14 @@ def main(argv=None):
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda task: run(*task), tasks))
-    tiny = {way: collect("tiny", range(n), way) for way, n in WAYS.items()}
     found = {
-        "tiny": {way: tiny[way] for way in ("PPO", "shaped")},
+        "tiny": {way: collect("tiny", TINY_SEEDS, way) for way in WAYS},
         "real": {"PPO": collect_ppo(real), "shaped": collect("full", real, "shaped")},
-        "exact": {way: tiny[way] for way in ("PPO", "small rollouts", "exact KL")},
     }
     write_text(ROOT / RESULTS, json.dumps(rounded(found)) + "\n")
-    print(f"{RESULTS}: share of the best possible gain")
-    for world, ways in found.items():
-        for way, one in ways.items():
-            listed = ", ".join(f"{share:.1%}" for share in one["figures"]["share"])
-            print(f"{world}, {way}: {listed}")
+    shares = found["real"]["shaped"]["figures"]["share"]
+    listed = ", ".join(f"{share:.1%}" for share in shares)
+    print(f"{RESULTS}: {listed} of the best possible gain on a real model")
 
 
 if __name__ == "__main__":
