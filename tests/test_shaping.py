@@ -157,7 +157,7 @@ def pretended(tmp_path, monkeypatch):
         place = tmp_path / f"theirs/{seed}/full/policy"
         place.mkdir(parents=True)
         row = {"score": 0.1, "kl": 2.0, "approx_kl": 0.02, "optimizer_steps": 4}
-        metrics = {"before": {"kl": 0.0}, "after": {"share": 0.7}, "history": [row]}
+        metrics = {"before": {"kl": 0.0}, "after": {"kl": 2.0}, "history": [row]}
         metrics["seconds"] = 9.0
         (place / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "docs").mkdir()
