@@ -1,28 +1,18 @@
 """The part of the series that two notebooks share or a test must check."""
 
-import hashlib
-import sys
-import types
+import os
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
+# Before torch is imported: threads that wait for work would keep busy the cores that
+# other processes of this machine need
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-
-def _hashes():
-    files = sorted(_FOLDER.rglob("*.py"))
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-# Of when the first module was imported; what is imported stays what its file was
-_AT_IMPORT = types.MappingProxyType(_hashes())
+# What is imported stays as its file was now, whatever is edited later
+_AT_IMPORT = {file: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
 
 
 def changed_files() -> list[str]:
-    """The imported files of this package that were edited since."""
-    imported = {getattr(module, "__file__", None) for module in sys.modules.values()}
-    now = _hashes()
-    return [
-        Path(file).relative_to(_FOLDER.parent).as_posix()
-        for file, found in _AT_IMPORT.items()
-        if file in imported and now.get(file) != found
-    ]
+    """The files of this package that were edited since it was imported."""
+    now = {file: file.read_bytes() if file.exists() else b"" for file in _AT_IMPORT}
+    return [f"utils/{file.name}" for file in now if now[file] != _AT_IMPORT[file]]

@@ -1,53 +1,112 @@
-"""From a data set of labelled sentences to batches of token ids and prompts."""
+"""From labelled sentences to batches of token ids and prompts."""
 
+import contextlib
+import os
 import random
+import re
+from pathlib import Path
 
 import datasets
 import torch
+from huggingface_hub import constants, repo_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
-from utils import reviews
-from utils.inputs import check_tokenizer, loading
+from practice import own_data
+
+REMEDIES = {  # by what an error and its causes are called, and the innermost says
+    r"PermissionError": "ask its owner for the permission",
+    r"No space": "make room",
+    r"vailable configs|BuilderConfig": "name one of these with dataset_config",
+}
+OF_A_FILE = {r"": "make it anew, or name another"}
+OF_THE_HUB = {  # likewise
+    r"GatedRepo|gated dataset|'403": "accept its terms on the hub, and set HF_TOKEN",
+    r"'401": "correct the name; if it is private, set or renew HF_TOKEN",
+    r"certificate|CERTIFICATE": "name your company's certificate in SSL_CERT_FILE",
+    r"'407|[Pp]roxy": "correct HTTPS_PROXY",
+    r"Connect|Timeout|Protocol|[Oo]ffline|outgoing|'429|'50\d": (
+        "connect or try again later, or take the preset 'tiny'"
+    ),
+    r"'404|NotFound": "correct the name",
+    r"": f"name another, or delete what {constants.HF_HOME} holds of it",
+}
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what led to it, the first cause last."""
+    before = None if error.__suppress_context__ else error.__context__
+    before = error.__cause__ or before
+    return [error, *causes(before)] if before else [error]
+
+
+def innermost(error: BaseException) -> str:
+    """The first cause of an error, in its own words, on one line."""
+    error = causes(error)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def loading(what: str, name):
+    """Turn what a library raises while it loads `name` into an OSError of one sentence.
+
+    Of a hub that cannot be reached, what is in the cache is loaded: the libraries would
+    ask it again for minutes.
+    """
+    name, refused, offline = str(name), None, constants.HF_HUB_OFFLINE
+    here = os.path.exists(name)
+    is_path = name[0] in "/.~" or name.count("/") > 1
+    is_path |= not own_data.FORMATS.keys().isdisjoint(Path(name).suffixes)
+    try:
+        if is_path and not here:
+            raise FileNotFoundError("it is not on this machine")
+        if not here and not offline:
+            try:
+                kind = "dataset" if what == "data set" else "model"
+                repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            except Exception as error:
+                refused = error
+                # A hub that answers is asked again by the libraries, a few times
+                constants.HF_HUB_OFFLINE = "HTTPStatus" not in innermost(error)
+        yield
+    except Exception as error:
+        found, cause = causes(refused or error), innermost(refused or error)
+        said = " ".join([*(type(one).__name__ for one in found), cause])
+        known = REMEDIES | (OF_A_FILE if here else OF_THE_HUB)
+        remedy = next(x for words, x in known.items() if re.search(words, said))
+        raise OSError(f"cannot load the {what} {name!r} ({cause}); {remedy}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model on the hub or in a local folder.
+    """The tokenizer of a model on the hub or in a folder.
 
     GPT-2 has no padding token and none is set: `pad` fills with any id and says in a
     mask what is real, so that the closing EOS is never mistaken for padding. Raises
-    ValueError if the tokenizer has no EOS.
+    ValueError if the tokenizer has no EOS, or no words.
     """
     with loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    check_tokenizer(tokenizer, name)
+    eos, words = tokenizer.eos_token, len(tokenizer) - len(tokenizer.all_special_ids)
+    if eos is None or words < 1:
+        said = f"{str(name)!r} has {words} words and the EOS {eos!r}"
+        raise ValueError(f"the tokenizer of {said}; name one whose texts can end")
     return tokenizer
 
 
 def load_reviews(settings) -> datasets.DatasetDict:
     """The splits `train` and `validation`, with the columns `sentence` and `label`.
 
-    A label is 1 (positive) or 0 (negative); each split has both. `dataset_name` is a
-    name on the hub, a folder or a file, and the settings beside it say what splits,
-    columns and labels are called there. Without a validation split, a share of train
-    is kept back. Of what is left, `train_rows` are drawn, the same for every seed.
-    Raises ValueError, naming the setting, if anything does not fit.
+    A label is 1 (positive) or 0 (negative). Raises OSError if the data set cannot be
+    loaded, and ValueError, naming the setting, if it is not what the settings say: see
+    `practice/own_data.py`.
     """
-    found = reviews.read_dataset(settings.dataset_name, settings.dataset_config)
-    splits = reviews.choose_splits(found, settings)
-    columns = reviews.sentences_and_labels(splits, settings)
-    if "validation" not in columns:
-        columns = reviews.keep_back(columns["train"], settings)
-        print(
-            f"no rows in a split {settings.validation_split!r} of {list(found)}: of "
-            f"{settings.train_split}, {len(columns['validation']['label']):,} rows are "
-            f"kept back for it, and {len(columns['train']['label']):,} left"
-        )
-    columns["train"] = reviews.drawn(columns["train"], settings)
-    reviews.check_both_labels(columns, settings)
-    return datasets.DatasetDict(
-        {name: datasets.Dataset.from_dict(rows) for name, rows in columns.items()}
-    )
+    name = os.path.expanduser(settings.dataset_name)
+    with loading("data set", name):
+        found = own_data.read_splits(name, settings.dataset_config)
+    return own_data.as_reviews(found, settings)
 
 
 def clean(sentence: str) -> str:
@@ -61,10 +120,10 @@ def clean(sentence: str) -> str:
 
 def tokens_in_front(tokenizer) -> list[int]:
     """What a tokenizer puts before every text: a BOS, or (as GPT-2's) nothing."""
-    whole = tokenizer("a")["input_ids"]
+    ids = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    fits = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
-    return whole[: next(fits, 0)]
+    fits = (n for n in range(len(ids)) if ids[n : n + len(bare)] == bare)
+    return ids[: next(fits, 0)]
 
 
 def encode(texts: list[str], tokenizer) -> list[list[int]]:
@@ -94,23 +153,16 @@ def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]
     return [row[: max_tokens - 1] + [tokenizer.eos_token_id] for row in rows]
 
 
-def pad(
-    rows: list[list[int]], pad_id: int, side: str = "right"
-) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list[int]], pad_id: int, side="right") -> tuple[Tensor, Tensor]:
     """Rows of token ids as one tensor (B, L), and the mask (B, L): 1 on real tokens.
 
-    Raises ValueError if the side is not left or right.
+    Raises RuntimeError if the side is not left or right.
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side must be left or right, got {side!r}")
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        real = slice(0, len(row)) if side == "right" else slice(width - len(row), None)
-        input_ids[i, real] = torch.tensor(row)
-        attention_mask[i, real] = 1
-    return input_ids, attention_mask
+    texts = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(text) for text in texts]
+    options = {"batch_first": True, "padding_side": side}
+    input_ids = pad_sequence(texts, padding_value=pad_id, **options)
+    return input_ids, pad_sequence(ones, **options)
 
 
 def lm_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -129,11 +181,9 @@ def batch_indices(lengths: list[int], batch_size: int, seed: int) -> list[list[i
     batches, and the batches shuffled: little padding, and still a random order. The
     last batch may be smaller.
     """
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
+    rng, block = random.Random(seed), 50 * batch_size
+    order, batches = list(range(len(lengths))), []
     rng.shuffle(order)
-    block = 50 * batch_size
-    batches = []
     for start in range(0, len(order), block):
         rows = sorted(order[start : start + block], key=lengths.__getitem__)
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -146,69 +196,19 @@ def make_prompts(
 ) -> list[list[int]]:
     """The first few tokens of each long enough sentence, shuffled.
 
-    A sentence counts if it has at least `prompt_min_words` words and does not stand
-    in `exclude`; each gives one prompt of `prompt_min_tokens` to `prompt_max_tokens`
-    tokens, and before them what the tokenizer puts in front of every text. Raises
-    ValueError if none is left.
+    A sentence counts if it has two words more than a prompt has tokens at most, and
+    does not stand in `exclude`. A prompt has two to `prompt_max_tokens` tokens, and
+    before them what the tokenizer puts in front of every text. Raises ValueError if
+    none is left.
     """
-    rng = random.Random(seed)
+    rng, longest = random.Random(seed), settings.prompt_max_tokens
     unique = dict.fromkeys(clean(sentence) for sentence in sentences)
-    long = [
-        s
-        for s in unique
-        if len(s.split()) >= settings.prompt_min_words and s not in exclude
-    ]
+    long = [s for s in unique if len(s.split()) >= longest + 2 and s not in exclude]
     if not long:
         raise ValueError(
-            f"none of the {len(sentences)} sentences has {settings.prompt_min_words} "
-            "words; lower prompt_min_words"
+            f"none of the {len(sentences)} sentences has {longest + 2} words; lower "
+            "prompt_max_tokens"
         )
     rng.shuffle(long)
-    lengths = (settings.prompt_min_tokens, settings.prompt_max_tokens)
     front = len(tokens_in_front(tokenizer))
-    return [row[: front + rng.randint(*lengths)] for row in encode(long, tokenizer)]
-
-
-def pair_tokens(
-    pair: dict[str, str], tokenizer, max_tokens: int
-) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of a pair's prompt, and of both responses with EOS behind them.
-
-    Each text is tokenised as a whole, as a model would read it. Raises ValueError if it
-    then does not begin with the prompt's own tokens: the policy would be asked for
-    another text than the one that was judged. Also if a response holds EOS, or if a
-    text has more than max_tokens.
-    """
-    prompt, *texts = encode(
-        [pair["prompt"], *(pair["prompt"] + pair[x] for x in ("chosen", "rejected"))],
-        tokenizer,
-    )
-    responses = []
-    for name, text in zip(("chosen", "rejected"), texts, strict=True):
-        response = text[len(prompt) :]
-        if text[: len(prompt)] != prompt or not response:
-            raise ValueError(
-                f"has a prompt that is cut within a token of prompt + {name}: "
-                f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
-            )
-        if tokenizer.eos_token_id in response:
-            raise ValueError(f"holds the EOS token {tokenizer.eos_token!r} in {name!r}")
-        if len(text) >= max_tokens:
-            raise ValueError(
-                f"has {len(text) + 1} tokens in prompt + {name}, more than {max_tokens}"
-            )
-        responses.append([*response, tokenizer.eos_token_id])
-    return prompt, *responses
-
-
-def pair_check(tokenizer, max_tokens: int):
-    """A `check` for `read_pairs`: what `pair_tokens` has against a pair, or nothing."""
-
-    def check(pair):
-        try:
-            pair_tokens(pair, tokenizer, max_tokens)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    return check
+    return [row[: front + rng.randint(2, longest)] for row in encode(long, tokenizer)]

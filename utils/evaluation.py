@@ -1,18 +1,23 @@
 """Paired figures before and after: the same prompts, the same seed, two models."""
 
+import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from utils.data import tokenize
-from utils.rollout import Rollout, has_ended, squash
+from utils.rollout import has_ended, response_tokens, squash
 
-# The figures of notebook 3 by name: what each is, and how it is printed.
+# The figures of the three notebooks by name: what each is, and how it is printed
 FIGURES = {
+    "validation_loss": ("SFT: validation loss [nats per token]", ".3f"),
+    "validation_perplexity": ("SFT: validation perplexity", ".2f"),
+    "accuracy": ("reward model: validation accuracy", ".1%"),
     "reward": ("mean reward, 2 sigmoid(raw logit) - 1", ".2f"),
     "judged_positive": ("positive, says the independent judge", ".1%"),
     "exactly_positive": ("grammatical and positive, exactly", ".1%"),
@@ -72,153 +77,61 @@ def distinct_n(rows: list[list[int]], n: int) -> float:
 
 
 def measure_rollouts(
-    rollouts: list[Rollout], tokenizer, judges: dict
+    rollouts: list, tokenizer, judges: dict
 ) -> tuple[dict, list[dict]]:
     """The figures of some rollouts, and a row for each response.
 
     `judges` maps the name of a figure to a function from texts to bools. Returns
     figures by the names of FIGURES, and for each response a row with `prompt`,
     `response`, `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended`
-    (with EOS), `kl` (summed k1, nats), `score` (normalised) and `text`.
+    (with EOS), `kl` (summed k1, nats), `score` (normalised), `ref` (summed, nats),
+    `tokens` (of the response) and `text`.
     """
-    rows, responses, ref_logprob = [], [], 0.0
+    rows, eos_id = [], tokenizer.eos_token_id
     for rollout in rollouts:
         columns = {
             "raw": rollout.raw_scores,
             "reward": squash(rollout.raw_scores),
             "score": rollout.scores,
-            "ended": has_ended(rollout.input_ids, rollout.mask, tokenizer.eos_token_id),
+            "ended": has_ended(rollout.input_ids, rollout.mask, eos_id).double(),
             "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
+            "ref": rollout.ref_logprobs.sum(dim=1),
         }
         columns = {name: column.tolist() for name, column in columns.items()}
-        ref_logprob += rollout.ref_logprobs.sum().item()
-        for i, n in enumerate(rollout.cpu_mask.sum(dim=1).tolist()):
+        responses = response_tokens(rollout.input_ids, rollout.mask)
+        for i, tokens in enumerate(responses):
             text = rollout.input_ids[i][rollout.attention_mask[i].bool()].tolist()
-            prompt, response = text[:-n], text[-n:]
-            responses.append(response)
-            texts = {
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "response": tokenizer.decode(response, skip_special_tokens=True),
-                "text": tokenizer.decode(text, skip_special_tokens=True),
+            parts = {"prompt": text[: -len(tokens)], "response": tokens, "text": text}
+            row = {
+                name: tokenizer.decode(part, skip_special_tokens=True)
+                for name, part in parts.items()
             }
-            rows.append({**texts, **{name: x[i] for name, x in columns.items()}})
-    n_tokens = sum(map(len, responses))
-    texts = [row["text"] for row in rows]
-    figures = {
-        "reward": sum(row["reward"] for row in rows) / len(rows),
-        **{name: sum(judge(texts)) / len(texts) for name, judge in judges.items()},
-        **{
-            name: sum(row[name] for row in rows) / len(rows) for name in ("kl", "score")
-        },
-        "perplexity": math.exp(-ref_logprob / n_tokens),
-        "distinct_1": distinct_n(responses, 1),
-        "distinct_2": distinct_n(responses, 2),
-        "eos_rate": sum(row["ended"] for row in rows) / len(rows),
-        "length": n_tokens / len(rows),
-    }
+            row |= {name: column[i] for name, column in columns.items()}
+            rows.append({**row, "tokens": tokens})
+    tokens, texts = [row["tokens"] for row in rows], [row["text"] for row in rows]
+    n_tokens, ref = sum(map(len, tokens)), sum(row["ref"] for row in rows)
+    figures = {name: sum(judge(texts)) / len(texts) for name, judge in judges.items()}
+    for name in ("reward", "kl", "score", "ended"):
+        figures[name] = sum(row[name] for row in rows) / len(rows)
+    figures |= {"eos_rate": figures.pop("ended"), "length": n_tokens / len(rows)}
+    figures["perplexity"] = math.exp(-ref / n_tokens)
+    figures |= {f"distinct_{n}": distinct_n(tokens, n) for n in (1, 2)}
     return figures, rows
 
 
-def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
-    """The best policy at a price of KL, estimated from the reference's responses.
+def expected(settings) -> dict[str, list[float]]:
+    """Mean and standard deviation of each figure after training, over ten seeds.
 
-    `scores` (P, K): those of K responses of the reference to each of P prompts. The
-    best policy is in proportion to pi_ref * exp(R / beta), so the i-th response gets
-    w_i = softmax(R / beta)_i of it, and 1 / K of the reference (Rafailov et al. 2023,
-    arXiv 2305.18290, equation 4; importance sampling, normalised by itself). Returns
-    the weights w (P, K), and means over the prompts:
-
-        score = sum_i w_i R_i        kl = sum_i w_i log(K w_i)  [nats per response]
-        objective = score - beta kl = beta log mean_i exp(R_i / beta)
-
-    K responses show no KL above log K; where the estimate comes near that, take more.
-    Raises ValueError if beta is not above 0 or a prompt has fewer than two responses.
+    Of the tiny preset on a CPU, as `python -m tools.expected` measured them; empty with
+    other settings, or where there is a GPU.
     """
-    if kl_coef <= 0:
-        raise ValueError(
-            f"kl_coef must be above 0, got {kl_coef}; without a price take best-of-n"
-        )
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(
-            f"scores must be (prompts, responses), two responses at least, got "
-            f"{tuple(scores.shape)}"
-        )
-    logs = (scores.double() / kl_coef).log_softmax(dim=1)
-    weights = logs.exp()
-    score = (weights * scores).sum(dim=1).mean().item()
-    kl = (weights * (logs + math.log(scores.shape[1]))).sum(dim=1).mean().item()
-    return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
+    other = settings.changes.keys() - {"seed", "runs_dir", "log_to", "train_anyway"}
+    if other or settings.preset != "tiny" or torch.cuda.is_available():
+        return {}
+    return json.loads(Path(__file__).with_name("expected.json").read_text())["figures"]
 
 
-def best_of_n(logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
-    """Log-probabilities (..., K) of K responses after best-of-n.
-
-    Of n responses drawn from a policy, that with the highest score is kept; among
-    equal scores chance decides. With F(s) the policy's chance of a score of at most s,
-    F(s-) of one below s, and p(s) = F(s) - F(s-),
-
-        pi_n(y) = pi(y) / p(R(y)) * (F(R(y))^n - F(R(y)-)^n)
-
-    (Beirami et al. 2024, arXiv 2401.01879, where no two scores are equal). `logprobs`
-    (..., K) and `scores` are those of all responses; or of a sample, each with -log K.
-    Raises ValueError if n is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}; 1 is the policy itself")
-    mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)
-    each = logprobs.double().unsqueeze(-2)
-
-    def log_chance(which):
-        return each.masked_fill(~which, -math.inf).logsumexp(dim=-1)
-
-    up_to, below = log_chance(others <= mine), log_chance(others < mine)
-    # log(F^n - F-^n), where the powers alone might be too small for a float
-    kept = n * up_to + (-torch.expm1(n * (below - up_to))).log()
-    return logprobs + kept - log_chance(others == mine)
-
-
-# 97.5 % of Student's t with n - 1 degrees of freedom lie below it, by n
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-T_975 |= {9: 2.306, 10: 2.262}
-
-
-def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over runs (n, ...), and half the width of its 95 % interval.
-
-    t s / sqrt(n), with the deviation s of the sample and t of Student's distribution
-    (Student 1908, "The Probable Error of a Mean"). Raises ValueError for fewer than 2
-    or more than 10 runs.
-    """
-    if (n := len(runs)) not in T_975:
-        raise ValueError(f"an interval takes 2 to 10 runs, got {n}")
-    return runs.mean(dim=0), T_975[n] * runs.std(dim=0) / n**0.5
-
-
-def gain_in_objective(
-    score: float, kl: float, reference_scores: Tensor, kl_coef: float
-) -> dict[str, float]:
-    """J of a policy, and how far it is from the reference's to the best possible.
-
-    `score` and `kl` (nats) are means over its responses, `reference_scores` (P, K) the
-    scores of K responses of the reference to each prompt. Returns
-
-        objective: J = score - beta kl
-        share: (J - J_ref) / (J* - J_ref)
-
-    where J_ref is the mean of `reference_scores`, and J* is that of `best_possible`.
-    Without a price nothing is the best possible, so there is no share.
-    """
-    objective = score - kl_coef * kl
-    if not kl_coef:
-        return {"objective": objective}
-    start = reference_scores.mean().item()
-    most = best_possible(reference_scores, kl_coef)[1]["objective"]
-    return {"objective": objective, "share": (objective - start) / (most - start)}
-
-
-def figures_table(
-    before: dict, after: dict, expected: dict | None = None, figures: dict = FIGURES
-) -> str:
+def figures_table(before: dict, after: dict, expected: dict | None = None) -> str:
     """The figures that were measured as lines of text: name, before, after.
 
     `expected` holds the mean and standard deviation of figures over several seeds; it
@@ -227,7 +140,7 @@ def figures_table(
     """
     head = "expected (mean ± 4 sd)" if expected else ""
     lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
-    for name, (description, spec) in figures.items():
+    for name, (description, spec) in FIGURES.items():
         if name not in after:
             continue
         old = format(before[name], spec) if name in before else ""
@@ -237,7 +150,6 @@ def figures_table(
             # One text more or less, of a few hundred, is no news
             width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)
             line += f"   {mean:{spec}} ± {width:{spec}}"
-            if abs(after[name] - mean) > width:
-                line += "   outside"
+            line += "   outside" if abs(after[name] - mean) > width else ""
         lines.append(line)
     return "\n".join(lines)

@@ -1,111 +1,92 @@
 """The models of the three stages: a trunk with a head for each job."""
 
+import contextlib
+import inspect
 import math
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    DynamicCache,
-)
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from utils.fast import arguments_of, hidden_states_by_length, takes_positions
-from utils.inputs import (
-    check_alike,
-    check_causal,
-    download_weights,
-    loading,
-    trying,
-)
-
-FOUR_BITS = "for 4 bits: pip install bitsandbytes accelerate (CPUs will do)"
+from utils.data import innermost, loading
+from utils.ppo import at_least_float32, check_shapes
 
 
-def load_config(name: str):
-    """The configuration of a model, with GPT-2's activation function as one operation.
+class _TextBar(tqdm):
+    """The hub's progress bar as text on stdout: its own is a widget, or pink."""
 
-    `gelu_new` is computed in eight steps, each of which keeps its result for the
-    backward pass; `gelu_pytorch_tanh` is the same function in one.
+    def __init__(self, *args, name=None, **options):
+        super().__init__(*args, **options | {"desc": "Download", "file": sys.stdout})
+
+
+def read_model(kind, name: str, **options):
+    """The model `name` as the library class `kind` reads it, in float32.
+
+    float32 weights also where the trunk computes in half precision: the optimiser's
+    small steps would be lost in the rounding of half-precision weights. GPT-2's
+    `gelu_new` takes eight steps, each of which keeps its result for the backward pass;
+    `gelu_pytorch_tanh` is the same function in one.
     """
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
-    if getattr(config, "activation_function", None) == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"
-    return config
-
-
-def _read_lm(name, **options):
-    config = load_config(name)
-    with loading("language model", name):
-        download_weights(name)
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, **options
-        )
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"
+        if not Path(name).is_dir() and not hasattr(config, "quantization_config"):
+            with contextlib.suppress(EntryNotFoundError):  # it is in several files
+                hf_hub_download(name, "model.safetensors", tqdm_class=_TextBar)
+        options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
+        model = kind.from_pretrained(name, **options)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Windows lets nobody replace a file to which weights are still mapped
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def load_causal_lm(name: str, device="cpu"):
     """The language model `name` (on the hub, or a local folder) in float32.
 
-    float32 weights also where the trunk computes in half precision: the optimiser's
-    small steps would be lost in the rounding of half-precision weights. Raises
-    ValueError if the model is not causal, or not what `check_reading` and
-    `check_writing` ask for.
+    Raises ValueError if it does not read and write as this series takes for granted:
+    see `check_lm`.
     """
-    lm = _read_lm(name)
-    with trying(name):
-        check_causal(lm, name)
-        check_reading(lm.base_model, name)
-        check_writing(lm, name)
-    return let_go_of_its_file(lm).to(device)
-
-
-def load_in_4_bits(name: str):
-    """The language model `name` on the CPU, frozen, its linear layers in NF4.
-
-    Doubly quantised, by the library bitsandbytes; the rest is in float32, and so is
-    what is computed. Raises ImportError if it is not installed, and ValueError for a
-    layer whose inputs are no whole blocks of 64 (bitsandbytes 0.50 unpacks their
-    weights wrongly on a CPU).
-    """
-    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
-        raise ImportError(FOUR_BITS)
-    rounding = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    lm = _read_lm(name, quantization_config=rounding, device_map="cpu")
-    for path, layer in lm.named_modules():
-        if type(layer).__name__ == "Linear4bit":
-            if layer.in_features % 64:
-                raise ValueError(
-                    f"{path} of {name!r} has {layer.in_features} inputs, which are no "
-                    "whole blocks of 64; take another model, or float32"
-                )
-            # Else the first pass without gradients, such as a rollout, packs its weight
-            # for a product of other precision, which has no backward pass
-            layer.support_avx512bf16_for_cpu = False
-    return freeze(lm)
+    lm = read_model(AutoModelForCausalLM, name)
+    check_lm(lm, name)
+    return lm.to(device)
 
 
 @torch.no_grad()
-def let_go_of_its_file(model: nn.Module) -> nn.Module:
-    """The model, with weights that lie in memory and no longer in its file.
+def check_lm(lm: nn.Module, name: str):
+    """Raise ValueError unless a model's logits are those that our functions find.
 
-    What was read stays mapped to the file otherwise, and Windows lets nobody replace
-    a file that is: neither this notebook nor another one could save its model anew.
+    They must be the vocabulary's projection of the states that we read behind padding
+    on the left, half of them from a cache, and no later token may change them: models
+    that scale or cap their logits, add a bias, or look ahead are refused.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
+    ids, cache = torch.tensor([[0, 1, 2, 1, 0, 2]]), DynamicCache(config=lm.config)
+    padded, mask = F.pad(ids, (3, 0), value=3), F.pad(torch.ones_like(ids), (3, 0))
+    try:
+        theirs = lm(input_ids=ids).logits[:, 3:].log_softmax(dim=-1)
+        hidden_states(lm.base_model, padded[:, :6], mask[:, :6], cache)
+        hidden = hidden_states(lm.base_model, padded[:, 6:], mask, cache)
+        off = (vocabulary_logits(lm, hidden).log_softmax(dim=-1) - theirs).abs().max()
+        fault = (
+            ""
+            if off <= 1e-3 * theirs.abs().max()
+            else f"its logits differ by {off:.2g}"
+        )
+    except Exception as error:
+        fault = innermost(error)
+    if fault:
+        raise ValueError(
+            f"{name!r} cannot be read as GPT-2's or Llama's kind is, cached, behind "
+            f"padding ({fault}); name another model, such as 'gpt2'"
+        )
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -123,50 +104,22 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(
-    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor
+    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache=None
 ) -> Tensor:
-    """The trunk's last hidden states (B, L, d) for ids and mask (B, L)."""
-    positions = {}
-    if takes_positions(trunk):
-        positions["position_ids"] = position_ids(attention_mask)
-    return trunk(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        **positions,
-    ).last_hidden_state
+    """The trunk's last hidden states (B, N, d) for the last N tokens of a text.
 
-
-@torch.no_grad()
-def states_size(trunk: nn.Module) -> int:
-    """d, the size of the trunk's hidden states, of which OPT-350m has two sizes."""
-    training, ids = trunk.training, torch.zeros(1, 1, dtype=torch.long)
-    ids = ids.to(trunk.device)
-    states = hidden_states(trunk.eval(), ids, torch.ones_like(ids))
-    trunk.train(training)
-    return states.shape[-1]
-
-
-def next_hidden_states(
-    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, start: int, cache
-) -> Tensor:
-    """`hidden_states` from place `start` on; the cache remembers what came before."""
-    positions = {}
-    if takes_positions(trunk):
-        positions["position_ids"] = position_ids(attention_mask)[:, start:]
-    return trunk(
-        input_ids=input_ids[:, start:],
-        attention_mask=attention_mask,
-        use_cache=True,
-        **{cache_argument(trunk): cache},
-        **positions,
-    ).last_hidden_state
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What a model calls its cache of keys and values: transformers 5.24 renamed it."""
-    known = arguments_of(type(model).forward)
-    return "cache" if "cache" in known else "past_key_values"
+    input_ids (B, N), attention_mask (B, L). The cache remembers the L - N tokens before
+    them; without one, N is L.
+    """
+    known = inspect.signature(type(trunk).forward).parameters
+    options = {"use_cache": cache is not None}
+    if cache is not None:  # transformers 5.24 renamed it
+        options["cache" if "cache" in known else "past_key_values"] = cache
+    if "position_ids" in known:  # BLOOM and MPT count positions from the mask
+        n = input_ids.shape[1]
+        options["position_ids"] = position_ids(attention_mask)[:, -n:]
+    text = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return trunk(**text, **options).last_hidden_state
 
 
 def vocabulary_weight(lm: nn.Module) -> Tensor:
@@ -177,8 +130,8 @@ def vocabulary_weight(lm: nn.Module) -> Tensor:
     head = lm.get_output_embeddings()
     if head.bias is not None:
         raise ValueError(
-            f"the vocabulary projection of {type(lm).__name__} has a bias; "
-            "take a model without one, such as gpt2"
+            f"the vocabulary projection of {type(lm).__name__} has a bias; take a "
+            "model without one, such as 'gpt2'"
         )
     return head.weight
 
@@ -186,65 +139,58 @@ def vocabulary_weight(lm: nn.Module) -> Tensor:
 def vocabulary_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
     """The language model's logits (..., V) for hidden states (..., d).
 
-    In the precision of the weights (float32), whatever the trunk computed in.
+    In the precision of the weights (float32), whatever the trunk computed in: GPT-2's
+    logits lie near -100, where half-precision numbers are too far apart.
     """
     weight = vocabulary_weight(lm)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.to(weight.dtype), weight)
 
 
-# Tokens that every vocabulary has, and another one to pad with
-TEXT, PADDING = (0, 1, 2, 1, 0), 3
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        logits = torch.mm(weight, hidden.t())  # (V, N): faster than (N, V) on a CPU
+        chosen = logits.gather(0, labels.unsqueeze(0)).squeeze(0)
+        highest = logits.amax(dim=0)
+        exps = logits.sub_(highest).exp_()  # in place: the only (V, N) tensor
+        total = exps.sum(dim=0)
+        ctx.save_for_backward(hidden, weight, labels, exps, total)
+        return chosen - highest - total.log()
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, labels, exps, total = ctx.saved_tensors
+        grad, scale = grad.unsqueeze(1), (-grad / total).unsqueeze(1)
+        # p = exps / total, and the division is made where it is small: (N, d)
+        grad_hidden = grad * weight[labels] + scale * torch.mm(exps.t(), weight)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not under an adapter: the weight is frozen
+            grad_weight = torch.mm(exps, scale * hidden)
+            grad_weight.index_add_(0, labels, grad * hidden)
+        return grad_hidden, grad_weight, None
 
 
-@torch.no_grad()
-def check_reading(trunk: nn.Module, name):
-    """Raise ValueError if padding on the left changes what a trunk reads.
+def label_logprobs(
+    lm: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """`token_logprobs(vocabulary_logits(lm, hidden), labels, temperature)`, but faster.
 
-    Tried twice: with token ids, as a reward model reads, and with embeddings that were
-    looked up beforehand, as PPO reads (`hidden_states_by_length`).
+    hidden (N, d), labels (N,) -> (N,), in nats. With z = W h and p = softmax(z),
+
+    d log p_label / d h = W_label - p W,  d log p_label / d W_v = (1[v = label] - p_v) h
+
+    so all that the backward pass needs is exp(z - max z), which the forward pass
+    leaves behind in the place of z: one (N, V) tensor where automatic differentiation
+    keeps three, and a sixth of an update's time for a model of GPT-2's size. The idea,
+    without even that one: Wijmans et al. 2024 (arXiv 2411.09009). Raises ValueError if
+    the shapes disagree.
     """
-    ids = torch.tensor([TEXT], device=trunk.device)
-    alone = hidden_states(trunk, ids, torch.ones_like(ids))
-    ids, mask = F.pad(ids, (3, 0), value=PADDING), F.pad(torch.ones_like(ids), (3, 0))
-    positions, ends = position_ids(mask), torch.tensor([ids.shape[1]])
-    for found in (
-        hidden_states(trunk, ids, mask),
-        hidden_states_by_length(trunk, ids, mask, positions, ends),
-    ):
-        check_alike(
-            found[:, 3:], alone, name, "padding on the left changes what it reads"
-        )
-
-
-@torch.no_grad()
-def check_writing(lm: nn.Module, name):
-    """Raise ValueError if a model writes otherwise than this series takes for granted.
-
-    Its logits must be `vocabulary_logits` of its states, also where they are large: a
-    cap leaves small ones unchanged. And it must read the same with a cache, also after
-    a row was dropped from that, as `sample_responses` does.
-    """
-    head, weight = lm.get_output_embeddings(), vocabulary_weight(lm)
-    ids = torch.tensor([TEXT, TEXT[::-1]], device=lm.device)
-    mask = torch.ones_like(ids)
-    states = hidden_states(lm.base_model, ids, mask)
-    random = torch.Generator().manual_seed(0)
-    large = torch.randn(states.shape, generator=random).to(weight)
-    large *= 10 / weight.norm(dim=1).mean()  # so that the logits are about 10
-    theirs = lm(input_ids=ids, attention_mask=mask).logits
-    hook = head.register_forward_pre_hook(lambda *_: (large,))
-    capped = lm(input_ids=ids, attention_mask=mask).logits
-    hook.remove()
-    for given, logits in ((states, theirs), (large, capped)):
-        ours = vocabulary_logits(lm, given).log_softmax(dim=-1)
-        fault = "it scales, caps or changes its logits"
-        check_alike(ours, logits.log_softmax(dim=-1), name, fault)
-    cache = DynamicCache(config=lm.config)
-    next_hidden_states(lm.base_model, ids[:, :3], mask[:, :3], 0, cache)
-    cache.batch_select_indices(torch.tensor([1], device=lm.device))
-    found = next_hidden_states(lm.base_model, ids[1:], mask[1:], 3, cache)
-    check_alike(found, states[1:, 3:], name, "it reads otherwise with a cache")
+    check_shapes(**{"hidden without d": hidden[:, 0], "labels": labels})
+    weight = at_least_float32(vocabulary_weight(lm))
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.to(weight.dtype) / temperature
+        return _LinearLogprobs.apply(hidden, weight, labels)
 
 
 class RewardHead(nn.Linear):
@@ -283,7 +229,11 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: nn.Module):
         super().__init__()
         self.trunk = trunk
-        self.head = RewardHead(states_size(trunk))
+        # Not the config's size: OPT-350m's states are smaller than its layers
+        ids = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
+        with torch.no_grad():
+            states = hidden_states(trunk, ids, torch.ones_like(ids))
+        self.head = RewardHead(states.shape[-1])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw logits (B,) of "positive" for texts (B, L), padded on either side."""
@@ -295,29 +245,17 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str) -> "RewardModel":
         """A saved reward model, or the trunk of `name` under a fresh head."""
-        config = load_config(name)
-        with loading("model", name):
-            download_weights(name)
-            trunk = AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, use_safetensors=True
-            )
-        with trying(name):
-            check_reading(trunk, name)
-        model = cls(trunk)
+        model = cls(read_model(AutoModel, name))
         head_file = Path(name) / cls.HEAD_FILE
         if head_file.exists():
-            model.head.load_state_dict(load_file(head_file))
-        return let_go_of_its_file(model)
+            with loading("reward head", head_file):
+                model.head.load_state_dict(load_file(head_file))
+        return model
 
-    def save_pretrained(self, folder, state_dict=None):
-        """Write trunk and head as safetensors; their weights, or these."""
-        trunk, head = {}, self.head.state_dict()
-        if state_dict:
-            named = [(*name.split(".", 1), x) for name, x in state_dict.items()]
-            trunk["state_dict"] = {n: x for part, n, x in named if part == "trunk"}
-            head = {n: x for part, n, x in named if part == "head"}
-        self.trunk.save_pretrained(folder, **trunk)
-        save_file(head, Path(folder) / self.HEAD_FILE)
+    def save_pretrained(self, folder):
+        """Write trunk and head as safetensors."""
+        self.trunk.save_pretrained(folder)
+        save_file(self.head.state_dict(), Path(folder) / self.HEAD_FILE)
 
 
 class PolicyWithValueHead(nn.Module):

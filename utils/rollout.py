@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from utils.fast import draw_tokens, hidden_states_by_length, linear_logprobs, send
-from utils.models import (
-    next_hidden_states,
-    position_ids,
-    vocabulary_weight,
-)
-from utils.processes import from_the_first
+from utils.models import hidden_states, label_logprobs, vocabulary_logits
 
 # Spread of scores, relative to the largest, that may be rounding: some ten times what
 # small GPT-2s show or more (1e-7, 1e-4 and 1e-3), since deeper ones round more often
@@ -45,9 +39,10 @@ def sample_responses(
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)  # not finished
     start, cache = 0, DynamicCache(config=lm.config)
     for end in range(width, width + max_new_tokens):
-        text = input_ids[rows, :end], attention_mask[rows, :end]
-        hidden = next_hidden_states(lm.base_model, *text, start, cache)[:, -1]
-        tokens = draw_tokens(hidden, vocabulary_weight(lm), temperature, generator)
+        text = input_ids[rows, start:end], attention_mask[rows, :end]
+        last = hidden_states(lm.base_model, *text, cache)[:, -1]
+        probs = (vocabulary_logits(lm, last) / temperature).softmax(dim=-1)
+        tokens = draw(probs, generator)
         input_ids[rows, end], attention_mask[rows, end] = tokens, 1
         start, alive = end, (tokens != eos_id).nonzero().squeeze(1)
         if len(alive) == 0:
@@ -55,12 +50,31 @@ def sample_responses(
         if len(alive) < len(rows):
             rows = rows[alive]
             cache.batch_select_indices(alive)
-    length = end + 1
-    return (
-        input_ids[:, :length],
-        attention_mask[:, :length],
-        attention_mask[:, width:length],
-    )
+    ids, seen = input_ids[:, : end + 1], attention_mask[:, : end + 1]
+    return ids, seen, seen[:, width:]
+
+
+def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """`torch.multinomial(probs, 1)` with its odds: (N, V) -> (N,).
+
+    The probabilities stand end to end on a line of length 1; where a random number
+    falls, there is the token. `multinomial` draws a number for each word of the
+    vocabulary instead, which takes a CPU longer than the trunk of a small model.
+    """
+    device, kind = probs.device, torch.float64
+    if device.type == "mps":  # a Mac's GPU has no float64
+        probs, kind = probs.cpu(), torch.float32
+    places = torch.rand((len(probs), 1), generator=generator, dtype=kind, device=device)
+    ends = probs.cumsum(dim=-1, dtype=torch.float64)
+    places = places.to(ends.device).double() * ends[:, -1:]
+    # Of a row of NaN it finds V, one behind the last word
+    found = torch.searchsorted(ends, places, right=True).clamp(max=probs.shape[1] - 1)
+    return found.squeeze(1).to(device)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x.to(device)`, without a wait if that is CUDA, which is known to do it right."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def response_hidden_states(
@@ -72,11 +86,7 @@ def response_hidden_states(
     before each token is chosen, are read one place earlier: at c - 1 ... c + T - 2.
     """
     start = input_ids.shape[1] - mask.shape[1]
-    positions, ends = position_ids(attention_mask), start + mask.sum(dim=1)
-    hidden = hidden_states_by_length(
-        lm.base_model, input_ids, attention_mask, positions, ends
-    )
-    return hidden[:, start - 1 : -1]
+    return hidden_states(lm.base_model, input_ids, attention_mask)[:, start - 1 : -1]
 
 
 def logprobs_from_hidden(
@@ -91,11 +101,11 @@ def logprobs_from_hidden(
     `hidden` comes from `response_hidden_states`. The projection to the vocabulary is
     most of the arithmetic, so it is made for real response tokens only.
     """
-    real = send(mask.flatten().nonzero().squeeze(1), hidden.device)
+    # Made of a mask in the CPU's memory, the index costs no wait for a GPU
+    real = mask.flatten().nonzero().squeeze(1)
+    real = send(real, hidden.device)
     labels = input_ids[:, -mask.shape[1] :].flatten()[real]
-    weight = vocabulary_weight(lm)
-    hidden = hidden.flatten(0, 1)[real]
-    logprobs = linear_logprobs(hidden, weight, labels, temperature)
+    logprobs = label_logprobs(lm, hidden.flatten(0, 1)[real], labels, temperature)
     out = torch.zeros(mask.numel(), dtype=logprobs.dtype, device=logprobs.device)
     return out.index_copy(0, real, logprobs).view(mask.shape)
 
@@ -175,34 +185,21 @@ class Batch:
         return self.input_ids, self.attention_mask, self.cpu_mask
 
     @property
-    def lengths(self) -> Tensor:
-        """How many response tokens each row has (B,), in the CPU's memory."""
-        return self.cpu_mask.sum(dim=1)
-
-    @property
     def n_tokens(self) -> Tensor:
         """How many response tokens there are, in the CPU's memory."""
         return self.cpu_mask.sum()
 
-    def to(self, device) -> "Batch":
-        """The same on another device."""
-        parts = {name: x.to(device) for name, x in _tensors(self) if name != "cpu_mask"}
-        return type(self)(**parts, cpu_mask=self.cpu_mask)
-
     def rows(self, index: Tensor) -> "Batch":
         """The responses of this index, best in the CPU's memory."""
         there = send(index, self.mask.device)
-        parts = {name: x[there] for name, x in _tensors(self) if name != "cpu_mask"}
+        parts = {**vars(self), "cpu_mask": None}
+        parts = {name: x[there] for name, x in parts.items() if x is not None}
         return Batch(**parts, cpu_mask=self.cpu_mask[index.cpu()])
 
-    def pieces(self, size: int) -> Iterator["Batch"]:
-        """The same responses, at most `size` at a time."""
-        for index in torch.arange(len(self)).split(size):
-            yield self if len(index) == len(self) else self.rows(index)
-
-
-def _tensors(batch):
-    return [(name, x) for name, x in vars(batch).items() if x is not None]
+    def split(self, size: int, order: Tensor | None = None) -> Iterator["Batch"]:
+        """The responses, at most `size` at a time, in this order or their own."""
+        order = torch.arange(len(self)) if order is None else order
+        yield from map(self.rows, order.split(size))
 
 
 @dataclass
@@ -214,82 +211,25 @@ class Rollout(Batch):
     """
 
     def __post_init__(self):
-        batch, width = self.mask.shape
-        shapes = {"input_ids": (batch, *self.input_ids.shape[1:])}
-        shapes |= {"attention_mask": shapes["input_ids"]}
-        shapes |= {"raw_scores": (batch,), "scores": (batch,)}
-        for name, x in _tensors(self):
-            expected = shapes.get(name, (batch, width))
-            if tuple(x.shape) != expected:
+        self.cpu_mask, text = self.mask.cpu(), tuple(self.input_ids.shape)
+        shapes = dict.fromkeys(("raw_scores", "scores"), (len(self),))
+        shapes |= {"input_ids": (len(self), *text[1:]), "attention_mask": text}
+        for name, x in vars(self).items():
+            expected = shapes.get(name, tuple(self.mask.shape))
+            if x is not None and tuple(x.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}, not {expected}")
+            if x is not None and not x.isfinite().all():
                 raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}, expected {expected}"
+                    f"one of the {name} is {x[~x.isfinite()][0].item()}; check the "
+                    "model that it comes from, or set precision to float32"
                 )
-        mask = self.mask.long()
+        mask = self.cpu_mask.long()
         broken = (mask[:, 0] != 1) | (mask.diff(dim=1) > 0).any(dim=1)
         if broken.any():
             raise ValueError(
                 "each row of a response mask must be a run of 1s and then 0s, got "
                 f"{mask[broken][0].tolist()}; take the mask from sample_responses"
             )
-        self._check_finite()
-        self.cpu_mask = self.mask.cpu()
-
-    @classmethod
-    def joined(cls, parts: list[Batch]) -> "Rollout":
-        """The rows of some batches, in order, as one rollout.
-
-        Prompts are padded on the left and responses on the right, to the longest.
-        """
-        parts = [part for part in parts if len(part)]
-        prompts = [p.input_ids.shape[1] - p.mask.shape[1] for p in parts]
-        responses = [p.mask.shape[1] for p in parts]
-        padding = torch.cat([p.input_ids[~p.attention_mask.bool()] for p in parts])
-        filler = padding[0].item() if len(padding) else 0
-        columns = {name: [] for name, _ in _tensors(parts[0])}
-        for part, prompt, response in zip(parts, prompts, responses, strict=True):
-            for name, x in _tensors(part):
-                whole = name in ("input_ids", "attention_mask")
-                room = (max(prompts) - prompt) * whole, max(responses) - response
-                if x.dim() == 2:
-                    x = F.pad(x, room, value=filler if name == "input_ids" else 0)
-                columns[name].append(x)
-        return cls(**{name: torch.cat(pieces) for name, pieces in columns.items()})
-
-    def _check_finite(self):
-        made_by = {
-            "scores": "reward model",
-            "old_logprobs": "policy",
-            "ref_logprobs": "reference",
-            "old_values": "value head of the policy",
-            "advantages": "function that makes the advantages",
-        }
-        found = {name: x for name, x in _tensors(self) if name in made_by}
-        # One question for all of them: each answer is a wait for a GPU
-        if torch.cat([x.flatten() for x in found.values()]).isfinite().all():
-            return
-        for name, x in found.items():
-            if not x.isfinite().all():
-                bad = x[~x.isfinite()][0].item()
-                raise ValueError(
-                    f"one of the {name} is {bad}; check the {made_by[name]} and its "
-                    "inputs, or set precision to float32"
-                )
-
-    def minibatches(
-        self, epochs: int, size: int, generator: torch.Generator
-    ) -> Iterator[Batch]:
-        """The minibatches of all epochs, in a new random order each epoch.
-
-        The orders are drawn at the first one, and lie in the CPU's memory.
-        """
-        device = self.mask.device
-        orders = [
-            torch.randperm(len(self), generator=generator, device=device)
-            for _ in range(epochs)
-        ]
-        for order in orders:
-            for index in order.cpu().split(size):
-                yield self.rows(index)
 
 
 def has_ended(input_ids: Tensor, mask: Tensor, eos_id: int) -> Tensor:
@@ -315,18 +255,11 @@ def score_scale(raw_scores: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     `dtype` is the trunk's. Raises ValueError if a score is not finite, or if they
     differ by their rounding only: divided by that, it would become scores of ±1.
     """
-    n, off = len(raw_scores), raw_scores[~raw_scores.isfinite()]
-    if len(off):
+    mean, std = raw_scores.mean().item(), raw_scores.std().item()
+    if not std > ROUNDING[dtype] * raw_scores.abs().max().item():  # NaN is neither
         raise ValueError(
-            f"the reward model gives {len(off)} of {n} SFT responses no finite score "
-            f"({off[0].item()}); set precision to float32, or train it again"
-        )
-    mean, std = from_the_first((raw_scores.mean().item(), raw_scores.std().item()))
-    largest = raw_scores.abs().max().item()
-    if not std > ROUNDING[dtype] * largest:  # NaN, if there is only one
-        raise ValueError(
-            f"the reward model says the same to {n} SFT responses: raw scores around "
-            f"{mean:.3g} with a spread of {std:.0e}, which is rounding in "
+            f"the reward model says the same to {len(raw_scores)} SFT responses, or no "
+            f"number: raw scores around {mean:.3g} with a spread of {std:.0e} in "
             f"{str(dtype).removeprefix('torch.')}; train it on more data, with another "
             "seed or rm_lr"
         )

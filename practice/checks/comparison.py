@@ -1,9 +1,12 @@
 """What is compared with what is expected, and said about it in one line."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
+
+from practice.checks.case import Case
 
 TOLERANCE = 1e-5  # float32's on numbers near 1; the known mistakes are far larger
 
@@ -21,6 +24,44 @@ class Result:
 
     def _ipython_display_(self):
         """Show nothing: as the last value of a cell it would be printed twice."""
+
+
+def check(right, mistakes: dict, tolerances: dict | None = None):
+    """A decorator: from `trial(case)` to a check, `check_it(function, seed=0)`.
+
+    The trial draws inputs, and returns a function that maps a function under test to
+    quantities by name. `right` is a right function, or what the quantities should be.
+    `mistakes` holds, by a sentence as it goes on after "this is what you get when",
+    what makes a right function wrong: other arguments of it, a wrong function, or a
+    list of these. The check's own `mistakes` are pairs of a sentence and a function.
+    """
+    known = [
+        (sentence, functools.partial(right, **one) if isinstance(one, dict) else one)
+        for sentence, change in mistakes.items()
+        for one in (change if isinstance(change, list) else [change])
+    ]
+
+    def decorate(trial):
+        @functools.wraps(trial)
+        def checked(function, seed: int = 0) -> Result:
+            measure = trial(Case(seed))
+            expected = measure(right) if callable(right) else right
+
+            def named():
+                for sentence, wrong in known:
+                    found = _as_tensors(measure(wrong))
+                    same = _agree(found, _as_tensors(expected), tolerances)
+                    yield sentence, {key: found[key] for key in found if not same[key]}
+
+            name = getattr(function, "__name__", "your function")
+            call = functools.partial(measure, function)
+            return compare(name, call, expected, named(), tolerances)
+
+        del checked.__wrapped__  # its own arguments are what `help` is to show
+        checked.mistakes = known
+        return checked
+
+    return decorate
 
 
 def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Result:
@@ -44,11 +85,8 @@ def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Re
         if got[key].shape != value.shape:
             shapes = f"{tuple(got[key].shape)}, expected {tuple(value.shape)}"
             return _failed(name, math.inf, f"its {key} has the shape {shapes}")
-
-    def same(key, value):
-        return _difference(got[key], value) <= (tolerances or {}).get(key, TOLERANCE)
-
-    wrong = [key for key, value in expected.items() if not same(key, value)]
+    same = _agree(got, expected, tolerances)
+    wrong = [key for key in expected if not same[key]]
     # What has a bound of its own (a sample, float32) would hide the rest
     compared = wrong or [key for key in expected if key not in (tolerances or {})]
     compared = compared or list(expected)
@@ -57,17 +95,12 @@ def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Re
         print(f"✓ {name}: largest difference {largest:.1e}")
         return Result(True, largest, "")
     for sentence, changed in mistakes:
-        changed = _as_tensors(changed)
-        if wrong[0] in changed and all(same(*item) for item in changed.items()):
+        agrees = _agree(got, _as_tensors(changed), tolerances)
+        if wrong[0] in changed and all(agrees.values()):
             message = f"this is what you get when {sentence}"
             return _failed(name, largest, message)
     message = _where(wrong[0], got[wrong[0]], expected[wrong[0]])
     return _failed(name, largest, message)
-
-
-def name_of(function):
-    """What the outcome calls a function."""
-    return getattr(function, "__name__", "your function")
 
 
 def _failed(name, difference, message):
@@ -79,6 +112,15 @@ def _as_tensors(quantities):
     return {
         key: torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
         for key, value in quantities.items()
+    }
+
+
+def _agree(got, others, tolerances):
+    """For each of the other quantities, whether it is near enough."""
+    bounds = dict.fromkeys(others, TOLERANCE) | (tolerances or {})
+    return {
+        key: _difference(got[key], value) <= bounds[key]
+        for key, value in others.items()
     }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.practice.exact_world import ExactWorld
+from practice.exact_world import ExactWorld
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from utils.models import hidden_states, vocabulary_logits
-
 # One rule a line: SYMBOL -> WEIGHT EXPANSION | WEIGHT EXPANSION ... Symbols are
 # capitalised, words are not. A rule for `Symbol*` stands for two, `Symbol+` (positive)
 # and `Symbol-`: in it, `Other=` has the same sentiment and `Other~` the opposite one.
@@ -297,8 +295,7 @@ def pretrain(
                 stream += [*ids, eos]
         ids = torch.tensor(stream[: shape[0] * shape[1]]).view(shape)
         del stream[: shape[0] * shape[1]]
-        hidden = hidden_states(model.base_model, ids, torch.ones_like(ids))
-        logits = vocabulary_logits(model, hidden[:, :-1])
+        logits = model(ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten()
         )
@@ -364,22 +361,21 @@ def _build(folder, show_progress):
     unfinished.rename(folder)
 
 
-def is_used_by(settings) -> bool:
-    """Whether the settings name the tiny world's model or data set."""
-    return any(
-        WORLD in Path(name).parents
-        for name in (settings.model_name, settings.dataset_name)
-    )
+def world_of(name: str) -> Path | None:
+    """The folder of the tiny world that holds a model or data set, if one does."""
+    folder = Path(name).parent
+    return folder if folder.parts[-2:] == WORLD.parts[-2:] else None
 
 
 def prepare(settings):
     """Build the tiny world if the settings use it (a minute or two, once)."""
-    if is_used_by(settings):
-        build_world()
+    for name in (settings.model_name, settings.dataset_name):
+        if folder := world_of(name):
+            build_world(folder)
 
 
 def _knows_the_truth(settings) -> bool:
-    return WORLD in Path(settings.dataset_name).parents
+    return world_of(settings.dataset_name) is not None
 
 
 def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
@@ -388,7 +384,7 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     Nats per token, the first token of each review given, the closing EOS included.
     Nothing either if the tokenizer is not the tiny world's, or if a review was cut.
     """
-    if not _knows_the_truth(settings) or Path(settings.model_name) != WORLD / "model":
+    if not _knows_the_truth(settings) or not world_of(settings.model_name):
         return {}
     firsts = REVIEWS.first_words("Review+") + REVIEWS.first_words("Review-")
     texts = [tokenizer.decode(row[:-1]) for row in rows]

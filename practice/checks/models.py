@@ -1,0 +1,259 @@
+"""Checks of what goes into a language model and of what comes out of it."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from practice.checks.comparison import check
+
+
+def _picked(logits, labels):
+    return logits.gather(-1, labels[..., None])[..., 0]
+
+
+def _logprobs(logits, labels, tau=1.0):
+    """z_label - max z - log sum exp(z - max z), in float64."""
+    z = logits.double() / tau
+    z = z - z.amax(dim=-1, keepdim=True)
+    return _picked(z, labels) - z.exp().sum(dim=-1).log()
+
+
+LOGPROBS = {
+    "the label is the next slot's": (
+        lambda z, labels, tau=1.0: _logprobs(z, labels.roll(-1, 1), tau)
+    ),
+    "the label is the previous slot's": (
+        lambda z, labels, tau=1.0: _logprobs(z, labels.roll(1, 1), tau)
+    ),
+    "the logarithm is left out": lambda *x: _logprobs(*x).exp(),
+    "the logits are not normalised (log-softmax)": (
+        lambda z, labels, tau=1.0: _picked(z / tau, labels)
+    ),
+    "the sign is turned": lambda *x: -_logprobs(*x),
+    "the temperature is left out": lambda z, labels, tau=1.0: _logprobs(z, labels),
+    "the logits are multiplied by tau": (
+        lambda z, labels, tau=1.0: _logprobs(z * tau, labels)
+    ),
+    "the log-probabilities, not the logits, are divided": (
+        lambda z, labels, tau=1.0: _logprobs(z, labels) / tau
+    ),
+}
+
+
+@check(_logprobs, LOGPROBS, {"result at logits near -100": 1e-4})
+def check_token_logprobs(case):
+    """`token_logprobs(logits, labels, temperature)`: (B, T, V), (B, T) -> (B, T)."""
+    logits, labels = 2 * case.normal(3, 5, 7), case.integers(0, 7, (3, 5))
+    tau = case.uniform(1.3, 2.5)
+    return lambda function: {
+        "result": function(logits.clone(), labels),
+        "result at another temperature": function(logits.clone(), labels, tau),
+        # where GPT-2's logits lie
+        "result at logits near -100": function((logits - 100).float(), labels),
+    }
+
+
+EOS = 9
+
+
+def _labels(ids, mask):
+    return ids.where(mask == 1, -100)
+
+
+def _shifted(ids, mask):
+    labels = _labels(ids, mask).roll(-1, dims=1)
+    labels[:, -1] = -100
+    return labels
+
+
+LABELS = {
+    "padding is found by id == eos: the label of the closing EOS is lost": (
+        lambda ids, mask: ids.where(ids != EOS, -100)
+    ),
+    "padding keeps its labels; set them to -100": lambda ids, mask: ids,
+    "the labels are shifted; the model shifts them itself": _shifted,
+}
+
+
+@check(_labels, LABELS)
+def check_lm_labels(case):
+    """`lm_labels(input_ids, attention_mask)` where the padding is EOS, as in GPT-2."""
+    ids = case.integers(0, EOS, case.mask.shape)
+    before_the_last = torch.arange(ids.shape[1]) < case.lengths[:, None] - 1
+    ids = ids.where(before_the_last, EOS)
+    return lambda function: {"labels": function(ids.clone(), case.mask.clone())}
+
+
+class _Model(nn.Module):
+    """A causal language model of tables, called like those of transformers.
+
+    The hidden state at a place depends on its position and on all tokens up to it, so
+    that a place too far to either side shows.
+    """
+
+    def __init__(self, case, n_words, size, n_places):
+        super().__init__()
+        self.words, self.places = (
+            case.normal(n_words, size),
+            case.normal(n_places, size),
+        )
+        self.head = SimpleNamespace(weight=case.normal(n_words, size), bias=None)
+
+    @property
+    def base_model(self):
+        return self
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **_ignored):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        seen = (self.words[input_ids] * attention_mask[..., None]).cumsum(dim=1)
+        hidden = torch.tanh(seen / 2 + self.places[position_ids])
+        logits = hidden @ self.head.weight.t()
+        return SimpleNamespace(last_hidden_state=hidden, logits=logits)
+
+
+def _each_alone(
+    policy,
+    ids,
+    attention_mask,
+    mask,
+    tau,
+    late=(0, 0),
+    padding_counts=False,
+    without_eos=False,
+):
+    """Log-probabilities and values of each text alone, without its padding.
+
+    `late`: how many places too far on the two are read.
+    """
+    logprobs, values = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
+    for b, n in enumerate(mask.sum(dim=1).tolist()):
+        text = ids[b][attention_mask[b].bool()]
+        start = len(text) - n
+        in_front = attention_mask.shape[1] - mask.shape[1] - start
+        places = torch.arange(len(text)) + padding_counts * in_front
+        out = policy.lm(text[None], None, places[None])
+        # The place before a token predicts it
+        first, second = (slice(start - 1 + k, start - 1 + k + n) for k in late)
+        right = _logprobs(out.logits[0, first], text[start:], tau)
+        logprobs[b, :n] = right * (text[start:] != 0) if without_eos else right
+        values[b, :n] = policy.value_head(out.last_hidden_state[0, second])
+    return logprobs, values
+
+
+RESPONSES = {
+    "the log-probabilities are shifted by one: logits predict the next token": {
+        "late": (1, 0)
+    },
+    "the values are read one slot late, when the token has been chosen": {
+        "late": (0, 1)
+    },
+    "the mask is built from id == eos: the closing EOS is lost": {"without_eos": True},
+    "the positions count the padding on the left": {"padding_counts": True},
+    "the temperature is left out": lambda *x: _each_alone(*x[:-1], tau=1.0),
+}
+
+
+@check(_each_alone, RESPONSES)
+def check_evaluate_responses(case):
+    """`evaluate_responses(policy, input_ids, attention_mask, mask, temperature)`.
+
+    Log-probabilities and values (B, T) of responses to left-padded prompts, against
+    each text alone. `policy` has an `lm` and a `value_head`.
+    """
+    between = case.integers(1, 5, (len(case.mask) - 2,)).tolist()
+    left = torch.arange(4) >= 4 - torch.tensor([1, 4, *between])[:, None]
+    attention_mask = torch.cat([left.long(), case.mask], dim=1)
+    ids = case.integers(1, 6, attention_mask.shape) * attention_mask  # EOS is 0
+    ended = case.lengths < case.mask.shape[1]  # the longest response never ends
+    ids[ended, 3 + case.lengths[ended]] = 0
+    tau = case.uniform(1.3, 2.0)
+    lm, weights = _Model(case, 6, 4, ids.shape[1] + 4), case.normal(4)
+    policy = SimpleNamespace(lm=lm, value_head=lambda hidden: hidden @ weights)
+
+    @torch.no_grad()
+    def measure(function):
+        tensors = (x.clone() for x in (ids, attention_mask, case.mask))
+        logprobs, values = function(policy, *tensors, tau)
+        return {"logprobs": logprobs, "values": values}
+
+    return measure
+
+
+SIZE, HEADS = 512, 8
+ROOT = math.sqrt(SIZE + 1)
+ERROR = 1 / math.sqrt(HEADS * SIZE)  # the standard error of a mean of N(0, 1)
+SPREAD, MEAN = "spread * sqrt(d + 1)", "mean * sqrt(d + 1)"
+
+
+def _head(draw, after=lambda x: x):
+    """A class of heads whose weights come from `draw(d)`."""
+
+    class Head(nn.Module):
+        def __init__(self, hidden_size):
+            super().__init__()
+            self.weight = draw(hidden_size)
+
+        def forward(self, hidden):
+            return after(hidden @ self.weight)
+
+    return Head
+
+
+HEAD = {
+    "the weights are zeros, as in the value head": _head(torch.zeros),
+    "nn.Linear's own initial weights are kept": (
+        _head(lambda d: (2 * torch.rand(d) - 1) / math.sqrt(d))
+    ),
+    "the spread is 1 / (d + 1), without the root": (
+        _head(lambda d: torch.randn(d) / (d + 1))
+    ),
+    "the spread is GPT-2's 0.02": _head(lambda d: 0.02 * torch.randn(d)),
+    "the output goes through a sigmoid": (
+        _head(lambda d: torch.randn(d) / math.sqrt(d + 1), torch.sigmoid)
+    ),
+}
+RIGHT_HEAD = {
+    "share of weights that are 0": 0.0,
+    SPREAD: 1.0,
+    MEAN: 0.0,
+    "bias": torch.zeros(HEADS),
+    "outputs that are not linear": torch.zeros(2, 3),
+}
+
+
+@check(RIGHT_HEAD, HEAD, {SPREAD: 5 * ERROR / math.sqrt(2), MEAN: 5 * ERROR})
+def check_reward_head(case):
+    """`RewardHead(hidden_size)`: (..., d) -> (...), N(0, 1/sqrt(d + 1)), bias 0.
+
+    The weights are a sample: mean and spread may be off by 5 standard errors.
+    """
+
+    @torch.no_grad()
+    def measure(cls):
+        with torch.random.fork_rng():
+            torch.manual_seed(case.generator.initial_seed())
+            made = [cls(SIZE) for _ in range(HEADS)]
+            hidden = 3 * torch.randn(2, 3, SIZE)
+        zero, unit = torch.zeros(1, SIZE), torch.eye(SIZE)
+        bias = torch.stack([head(zero).view(()) for head in made])
+        weight = torch.stack([head(unit).view(SIZE) for head in made]) - bias[:, None]
+        output = made[0](hidden)
+        linear = (hidden @ weight[0] + bias[0]).view(output.shape)
+        bent = ((output - linear).abs() > 1e-4).any()
+        return {
+            "share of weights that are 0": (weight == 0).double().mean(),
+            SPREAD: weight.std() * ROOT,
+            MEAN: weight.mean() * ROOT,
+            "bias": bias,
+            "outputs that are not linear": bent.expand(output.shape),
+        }
+
+    return measure

@@ -1,0 +1,384 @@
+"""A run of the series: how it begins, what it leaves, and when that is taken up again.
+
+A model is written beside its place and then renamed: whoever is interrupted leaves the
+old one or the new one. It is taken up only where the settings that it was made with are
+still the same. So is the state of PPO, and only by the same code.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import linecache
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import textwrap
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from huggingface_hub.utils import disable_progress_bars
+from IPython import get_ipython
+from IPython.display import Markdown
+from torch import nn
+
+from practice import tiny_world
+from utils import changed_files
+from utils.data import innermost, load_tokenizer, loading, tokens_in_front
+from utils.settings import Settings, load_settings
+from utils.training import get_device, trunk_dtype
+
+ROOT = Path(__file__).parents[1]
+LESSONS = [
+    *sorted(ROOT.glob("[1-3]-*.ipynb")),
+    *sorted(ROOT.glob("more/[4-9]-*.ipynb")),
+]
+NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
+STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
+FILES = (
+    "ppo",
+    "models",
+    "rollout",
+    "training",
+)  # of utils, that the loop of PPO reaches
+TO_LOWER = dict.fromkeys(STAGES[:2], "batch_size or max_tokens")
+TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_rollout_size or max_new_tokens"
+
+
+def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False):
+    """Settings and device for making an artefact, with all that they name at hand.
+
+    Without a preset it is RLHF_PRESET's, or what the machine can do; `changes` are
+    settings by name. Builds the tiny world if it is used. From now on errors of `utils`
+    end a cell in one sentence, and no library draws a widget. Raises, before anything
+    is trained, ValueError for settings or a model that do not fit, OSError for what
+    cannot be loaded or written, RuntimeError for an edited file of `utils`.
+    """
+    say_errors_in_a_sentence(artefact)
+    check_code_is_current()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+    changes, gpu = dict(changes), torch.cuda.is_available()
+    if use_drive:
+        from google.colab import drive
+
+        drive.mount("/content/drive")
+        changes["runs_dir"] = "/content/drive/MyDrive/rlhf/runs"
+    preset = preset or os.environ.get("RLHF_PRESET", "full" if gpu else "tiny")
+    settings = load_settings(preset, changes)
+    if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on a model this small, more only wait for each other
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=settings.folder).close()  # or models could not be saved
+    tiny_world.prepare(settings)
+    name, device = settings.model_name, get_device(settings)
+    with loading("model", name):
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    tokenizer, longest = load_tokenizer(name), settings.max_tokens
+    response = settings.prompt_max_tokens + settings.max_new_tokens
+    longest = max(longest, len(tokens_in_front(tokenizer)) + response)
+    reads = getattr(config, "max_position_embeddings", None) or longest
+    if longest > reads or len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{name!r} reads {reads} tokens of {config.vocab_size} words, but a text "
+            f"has up to {longest}, or its tokenizer {len(tokenizer)}; lower max_tokens "
+            "or max_new_tokens, or take the tokenizer that belongs to it"
+        )
+    precision = str(trunk_dtype(settings, device)).removeprefix("torch.")
+    print(f"preset: {preset}, on {device} in {precision}")
+    print(f"model: {name}, data set: {settings.dataset_name}")
+    if settings.changes:
+        print(f"changed: {settings.changes}")
+    if device.type == "cpu":
+        print("(GPT-2 on SST-2 takes a GPU. Colab: Runtime > Change runtime type > T4)")
+    return settings, device
+
+
+def say_errors_in_a_sentence(artefact: str):
+    """From now on, an error that is meant for people ends a cell in one line.
+
+    Those are the errors that `utils` raises, but for its formulas; an interrupt; and a
+    full GPU: what the failed cell held there is freed. Others keep their traceback.
+    """
+
+    def say(shell, kind, error, trace, tb_offset=None):
+        *_, (frame, line) = traceback.walk_tb(trace)
+        file, said = Path(frame.f_code.co_filename), str(error) or "run the cell again"
+        meant = (
+            file.parent.name in ("utils", "practice", "more") and file.name != "ppo.py"
+        )
+        meant &= linecache.getline(str(file), line).strip().startswith("raise ")
+        if isinstance(error, RuntimeError) and "out of memory" in said:
+            traceback.clear_frames(trace)  # they hold the tensors
+            torch.cuda.empty_cache()
+            said, meant = f"{said[:200]}; lower {TO_LOWER[artefact]} in CHANGES", True
+        if meant or kind is KeyboardInterrupt:
+            error._render_traceback_ = lambda: [f"{kind.__name__}: {said}"]
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    if shell := get_ipython():
+        shell.set_custom_exc((KeyboardInterrupt, Exception), say)
+
+
+def check_code_is_current():
+    """Raise RuntimeError if a file of `utils` has changed since it was imported."""
+    if changed := changed_files():
+        raise RuntimeError(
+            f"{' and '.join(changed)} changed after this kernel had imported the old "
+            "version, which would run on; restart the kernel, and run the cells again"
+        )
+
+
+def check_all(checks, failure: str, anyway: bool = False):
+    """Print each pair of (sentence, truth); raise RuntimeError if one is not true.
+
+    The error begins with `failure`; with `anyway` there is none.
+    """
+    print("\n".join(f"{'✓' if good else '✗'} {sentence}" for sentence, good in checks))
+    wrong = [sentence for sentence, good in checks if not good]
+    if wrong and not anyway:
+        raise RuntimeError(f"{failure}, since it is not so that {'; '.join(wrong)}")
+
+
+def show_source(*things) -> Markdown:
+    """The source of functions or classes, for display in a notebook."""
+    check_code_is_current()
+    sources = [textwrap.dedent(inspect.getsource(thing)) for thing in things]
+    return Markdown("```python\n" + "\n\n".join(sources) + "```")
+
+
+def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
+    """Write a model, its tokenizer, what was measured on it and the settings.
+
+    `name` is one of STAGES, or another. Gives the folder, in which `metrics.json` and
+    `settings.json` stand beside the model.
+    """
+    folder = settings.folder / name
+    unfinished, old = (folder.with_name(name + end) for end in (".unfinished", ".old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    for file, content in (("metrics", metrics), ("settings", asdict(settings))):
+        (unfinished / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for file in unfinished.iterdir():  # safetensors lets nobody else read its files
+        file.chmod((unfinished / "settings.json").stat().st_mode)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def find_artefacts(settings, *names: str) -> list[str]:
+    """The folders of artefacts that other notebooks made with these settings.
+
+    Raises FileNotFoundError, with both ways out, if one is not there; ValueError if
+    one was made with other settings, which are named; OSError if it cannot be read.
+    """
+    folders = [settings.folder / name for name in names]
+    for name, folder in zip(names, folders, strict=True):
+        number, old = STAGES.index(name) + 1, folder.with_name(f"{name}.old")
+        if old.exists() and not folder.exists():  # interrupted between two renamings
+            old.rename(folder)
+        if not folder.exists():
+            sets = [shlex.quote(f"{k}={v!r}") for k, v in settings.changes.items()]
+            command = f"!python -m utils --only {number} --preset {settings.preset}"
+            raise FileNotFoundError(
+                f"{folder} is not there: run notebook {number} (on Colab with "
+                "USE_DRIVE = True in every first cell); or make it here, in a new cell "
+                f"{' --set '.join([command, *sets])}"
+            )
+        with loading("model", folder):
+            made_with = json.loads((folder / "settings.json").read_text())
+            then = Settings(**made_with).that_change(name)
+        now = settings.that_change(name)
+        if other := {k: then[k] for k in now if then[k] != now[k]}:
+            raise ValueError(
+                f"{folder} was made with {other}; run notebook {number} again, or add "
+                "these settings to CHANGES in the first cell"
+            )
+    return [str(folder) for folder in folders]
+
+
+def fingerprint(thing) -> str:
+    """A few letters that change if a value does, or a weight of a model."""
+    digest = hashlib.sha256()
+    for value in thing.parameters() if isinstance(thing, nn.Module) else [repr(thing)]:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            value = flat.view(torch.uint8).numpy()
+        digest.update(value.encode() if isinstance(value, str) else value)
+    return digest.hexdigest()[:16]
+
+
+def code_hash(*functions) -> str:
+    """One hash over the code that PPO depends on.
+
+    That is FILES; of these functions, and of all that they read in a notebook, the
+    source and the plain values; and the whole file of what else belongs to this
+    project. A notebook's function counts as it is now: its name may mean another one
+    than when it was handed over.
+    """
+    files, sources, seen = {ROOT / "utils" / f"{x}.py" for x in FILES}, set(), set()
+    queue = [
+        getattr(f, "__globals__", {}).get(getattr(f, "__name__", ""), f)
+        for f in functions
+    ]
+    while queue:
+        thing = inspect.unwrap(queue.pop())
+        file = Path(getattr(getattr(thing, "__code__", None), "co_filename", "/"))
+        in_a_cell = re.search(
+            "ipykernel|ipython-input|#", str(file)
+        )  # or Colab's, ours
+        if isinstance(thing, functools.partial):
+            parts = [thing.func, *thing.args, *thing.keywords.values()]
+            sources.add(" ".join(getattr(part, "__name__", "") for part in parts))
+            queue += parts
+        elif isinstance(thing, type) and thing.__module__ == "__main__":
+            queue += [x for x in vars(thing).values() if callable(x) and x not in seen]
+            seen.add(thing)
+        elif file.is_relative_to(ROOT) and "site-packages" not in file.parts:
+            files.add(file)
+        elif in_a_cell and thing not in seen:
+            seen.add(thing)
+            sources.add(source := textwrap.dedent(inspect.getsource(thing)))
+            queue += [cell.cell_contents for cell in thing.__closure__ or ()]
+            queue += thing.__defaults__ or ()
+            nodes = list(ast.walk(ast.parse(source)))
+            words = [node for node in nodes if isinstance(node, ast.Name)]
+            own = {word.id for word in words if isinstance(word.ctx, ast.Store)}
+            own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+            for name in {word.id for word in words} - own:
+                value = thing.__globals__.get(name)
+                queue += [value] if callable(value) and value not in seen else []
+                if isinstance(value, bool | int | float | str | tuple | list | dict):
+                    sources.add(f"{name} = {value!r}")
+    return fingerprint([file.read_text() for file in sorted(files)] + sorted(sources))
+
+
+class Checkpoint:
+    """Saves a PPO run every few rollouts, and goes on from there.
+
+    `run` is an object whose attributes are all that training changes: a model, of which
+    what is not frozen is saved, others with a state (optimiser, schedule, generator),
+    and plain records, of which `history` has an entry for each rollout. The run depends
+    on `code`, functions, and on `inputs`, models and plain values. A saved run is taken
+    up only if these and the settings are the same, so that it never hides an edit.
+    """
+
+    def __init__(self, run, settings, code: tuple, inputs: tuple, every: int = 8):
+        self.run, self.path = run, settings.folder / "ppo.pt"
+        self.every, self.total, self.saved = every, settings.ppo_steps, 0
+        self.code, self.inputs = code, inputs
+        self.key = self._key(settings)
+
+    def _key(self, settings) -> dict:
+        device = self.run.generator.device
+        # A generator's state belongs to its device, a scaler's to its precision
+        device = f"{device.type} in {trunk_dtype(settings, device)}"
+        made_of = {"code": code_hash(*self.code), "device": device}
+        made_of["model or prompts"] = " ".join(map(fingerprint, self.inputs))
+        return settings.that_change("policy") | made_of
+
+    def check(self, settings):
+        """Raise RuntimeError if settings, models or code changed since the start."""
+        check_code_is_current()
+        now = self._key(settings)
+        if changed := [name for name in now if now[name] != self.key[name]]:
+            raise RuntimeError(
+                f"this run of PPO began with other {' and '.join(changed)}; to begin "
+                "anew, run on from the preflight"
+            )
+
+    def restore(self):
+        """Bring the run to where it was saved, and say so; else say why it begins anew.
+
+        Raises OSError if the file cannot be read; it stays as it is.
+        """
+        if not self.path.exists():
+            print(
+                f"PPO begins, and is saved every {self.every} rollouts to {self.path}"
+            )
+            return
+        try:  # nothing in the file is executed
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            then = state.pop("key")
+        except Exception as error:
+            said = f"cannot read {self.path} ({innermost(error)})"
+            raise OSError(f"{said}; to begin anew, delete it") from error
+        if changed := [name for name in self.key if self.key[name] != then.get(name)]:
+            aside = self.path.with_suffix(".aside.pt")
+            os.replace(self.path, aside)
+            print(f"PPO begins anew: {self.path} had other {' and '.join(changed)}")
+            print(f"(it is {aside.name} now)")
+            return
+        for name, saved in state.items():
+            part = getattr(self.run, name)
+            if isinstance(part, nn.Module):
+                part.load_state_dict(saved, strict=False)
+            elif hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved)
+            elif isinstance(part, torch.Generator):
+                part.set_state(saved)
+            else:
+                setattr(self.run, name, saved)
+        self.saved = len(self.run.history)
+        print(
+            f"PPO goes on after {self.saved} of {self.total} rollouts, from {self.path}"
+        )
+        print("(to begin anew: checkpoint.discard(), then this cell again)")
+
+    def save(self):
+        """Save the run if it is time to: every few rollouts, and after the last.
+
+        A disk that is full ends no training: it is a warning.
+        """
+        done, state = len(self.run.history), {"key": self.key}
+        if done == self.saved or (done % self.every and done != self.total):
+            return
+        for name, part in vars(self.run).items():
+            if isinstance(part, nn.Module):
+                weights = part.named_parameters()  # each once, under its first name
+                part = {k: p.detach() for k, p in weights if p.requires_grad}
+            elif isinstance(part, torch.Generator):
+                part = part.get_state()
+            state[name] = part.state_dict() if hasattr(part, "state_dict") else part
+        beside = self.path.with_suffix(".unfinished.pt")
+        try:
+            torch.save(state, beside)
+            os.replace(beside, self.path)
+            self.saved = done
+        except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)
+            said = f"{self.path} could not be saved ({innermost(error)}); make room"
+            warnings.warn(said, stacklevel=2)
+
+    def discard(self):
+        """Delete the saved run."""
+        self.path.unlink(missing_ok=True)
+
+
+def start_tracker(settings):
+    """accelerate's tracker for what `log_to` names; None if that is empty."""
+    if not settings.log_to:
+        return None
+    from accelerate import Accelerator
+
+    tracker = Accelerator(log_with=settings.log_to, project_dir=settings.folder)
+    tracker.init_trackers("rlhf-notebooks", {"preset": settings.preset})
+    if not tracker.trackers:
+        raise ModuleNotFoundError(
+            f"log_to is {settings.log_to!r}, which is not here; pip install "
+            f"{settings.log_to}, or set it to ''"
+        )
+    return tracker

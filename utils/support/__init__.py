@@ -1,1 +1,0 @@
-"""The machinery behind the series, which a learner need not read."""
