@@ -1,6 +1,5 @@
 """How fast this machine multiplies matrices, and how close an update comes to it."""
 
-import contextlib
 import statistics
 import time
 from collections import Counter
@@ -9,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import ours
-from benchmarks.work import Enough, Watch
-from utils.training import seed_everything
+from benchmarks.work import Watch, run_ppo
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -29,7 +27,7 @@ def seconds_of(function, device, repeats=5) -> float:
     return statistics.median(times[1:])
 
 
-def rate(device, n=2048, m=2048, k=2048) -> float:
+def rate(device, n, m, k) -> float:
     """Operations a second of a float32 product (n, k) x (k, m) into ready memory."""
     a, b = torch.randn(n, k, device=device), torch.randn(k, m, device=device)
     out = torch.empty(n, m, device=device)
@@ -63,9 +61,7 @@ def times_of(layout, device) -> tuple[float, float]:
 
 def ceiling(work) -> dict:
     """The machine's best rate, and how long an update's products take on their own."""
-    seed_everything(work.seed)
-    device, config = work.device, work.reference.config
-    width, products = config.hidden_size, Products()
+    device, config, products = work.device, work.reference.config, Products()
 
     class Counting(Watch):
         """Counts the products of the update."""
@@ -77,16 +73,14 @@ def ceiling(work) -> dict:
 
             return super().timed(phase, counted if phase == "update" else function)
 
-    watches = Counting(work, rollouts=1), Watch(work, rollouts=3)
-    for watch in watches:
-        with contextlib.suppress(Enough):
-            ours.ppo(work, watch)
-    shapes = [(2048, 2048, 2048), (config.vocab_size, 960, width), (960, 1024, width)]
-    updates = [rollout["update"] for rollout in watches[1].done[1:]]
+    run_ppo(ours.ppo, work, 1, Counting)
+    updates = [one["update"] for one in run_ppo(ours.ppo, work, 3)["rollouts"][1:]]
     fresh, ready = 0.0, 0.0
     for layout, n in products.found.items():
         one = times_of(layout, device)
         fresh, ready = fresh + n * one[0], ready + n * one[1]
+    words, width = config.vocab_size, config.hidden_size
+    shapes = [(2048, 2048, 2048), (words, 960, width), (960, 1024, width)]
     return {
         "rate": max(rate(device, *shape) for shape in shapes),
         "update_seconds": statistics.median(updates),

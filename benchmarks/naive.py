@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.work import peak_memory
+from more.common import peak_memory
 from utils.data import lm_labels, pad
 from utils.models import (
     PolicyWithValueHead,
     RewardHead,
-    cache_argument,
+    hidden_states,
     load_causal_lm,
+    vocabulary_logits,
 )
 from utils.ppo import (
     compute_gae,
@@ -33,11 +34,11 @@ from utils.ppo import (
 def generate(lm, prompt, work, generator):
     """The continuation of one prompt, token by token, with its KV cache."""
     text, cache = list(prompt), DynamicCache(config=lm.config)
-    cached = {cache_argument(lm): cache, "use_cache": True}
     ids = torch.tensor([text], device=work.device)
     for _ in range(work.settings.max_new_tokens):
-        output = lm(ids, **cached)
-        probs = (output.logits[0, -1] / work.settings.temperature).softmax(-1)
+        mask = torch.ones(1, len(text), dtype=torch.long, device=work.device)
+        logits = vocabulary_logits(lm, hidden_states(lm.base_model, ids, mask, cache))
+        probs = (logits[0, -1] / work.settings.temperature).softmax(-1)
         ids = torch.multinomial(probs, 1, generator=generator).view(1, 1)
         text.append(ids.item())
         if text[-1] == work.stop_id:
@@ -52,12 +53,18 @@ def forward(policy, ids, mask, temperature):
     return logprobs, policy.value_head(output.hidden_states[-1][:, :-1])
 
 
+def last_state(lm, ids, mask):
+    """The hidden state of each text's last token, from a whole language model."""
+    states = lm(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    return states[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+
+
 def ppo(work, watch):
     """The same PPO on the same work."""
-    settings, device = work.settings, work.device
+    settings, device, tau = work.settings, work.device, work.settings.temperature
     policy = PolicyWithValueHead(load_causal_lm(work.model, device)).to(device).eval()
     reference = PolicyWithValueHead(work.reference)
-    reward_lm = AutoModelForCausalLM.from_pretrained(work.reward_model).to(device)
+    reward_lm = AutoModelForCausalLM.from_pretrained(work.model).to(device)
     groups = [
         {"params": policy.lm.parameters(), "lr": settings.ppo_lr},
         {"params": policy.value_head.parameters(), "lr": settings.value_head_lr},
@@ -75,57 +82,36 @@ def ppo(work, watch):
         # of the next tokens: those of the response
         mask = (places >= starts[:, None] - 1) & (places < lengths[:, None] - 1)
         size = settings.ppo_minibatch_size
+        pieces = list(zip(ids.split(size), attention_mask.split(size), strict=True))
         with torch.no_grad():
             watch.switch("score")
-            raw = []
-            for i in range(0, len(ids), size):
-                output = reward_lm(
-                    ids[i : i + size],
-                    attention_mask=attention_mask[i : i + size],
-                    output_hidden_states=True,
-                )
-                last = torch.arange(len(output.logits)), lengths[i : i + size] - 1
-                raw.append(work.reward.head(output.hidden_states[-1][last]))
-            ended = ids[torch.arange(len(ids)), lengths - 1] == work.stop_id
-            scores = work.normalised(torch.cat(raw), ended)
+            raw = [work.reward.head(last_state(reward_lm, *piece)) for piece in pieces]
+            scores = work.normalised(torch.cat(raw))
             watch.switch("log-probs")
-            old, ref, old_values = [], [], []
-            for i in range(0, len(ids), size):
-                piece = ids[i : i + size], attention_mask[i : i + size]
-                logprobs, values = forward(policy, *piece, settings.temperature)
-                old.append(logprobs)
-                old_values.append(values)
-                ref.append(forward(reference, *piece, settings.temperature)[0])
-            old, ref, old_values = map(torch.cat, (old, ref, old_values))
+            found = [
+                (*forward(policy, *piece, tau), forward(reference, *piece, tau)[0])
+                for piece in pieces
+            ]
+            old, old_values, ref = map(torch.cat, zip(*found, strict=True))
             rewards = token_rewards(scores, old, ref, mask, settings.kl_coef)
             advantages, returns = compute_gae(
-                rewards, old_values, mask, settings.gamma, settings.gae_lambda
+                rewards, old_values, mask, lam=settings.gae_lambda
             )
             advantages = masked_whiten(advantages, mask)
         watch.switch("update")
         for _ in range(settings.ppo_epochs):
             order = torch.randperm(len(ids), generator=generator, device=device)
             for i in order.split(size):
-                logprobs, values = forward(
-                    policy, ids[i], attention_mask[i], settings.temperature
-                )
-                pi_loss, _ = policy_loss(
-                    logprobs, old[i], advantages[i], mask[i], settings.clip_range
-                )
-                v_loss, _ = value_loss(
-                    values,
-                    old_values[i],
-                    returns[i],
-                    mask[i],
-                    settings.value_clip_range,
-                )
+                logprobs, values = forward(policy, ids[i], attention_mask[i], tau)
+                given = (old[i], advantages[i], mask[i], settings.clip_range)
+                pi_loss, _ = policy_loss(logprobs, *given)
+                given = (old_values[i], returns[i], mask[i], settings.value_clip_range)
+                v_loss, _ = value_loss(values, *given)
                 (pi_loss + settings.value_coef * v_loss).backward()
-                torch.nn.utils.clip_grad_norm_(
-                    policy.parameters(), settings.max_grad_norm
-                )
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        watch.rollout_done(policy.lm)
+        watch.rollout_done()
 
 
 def train(work, model, rows, loss_of, lr):
@@ -160,11 +146,8 @@ def rm(work, rows):
     head = RewardHead(lm.config.hidden_size).to(work.device)
 
     def loss_of(ids, mask, labels):
-        states = lm(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        last = torch.arange(len(ids), device=work.device), mask.sum(dim=1) - 1
-        raw = head(states[-1][last])
+        raw = head(last_state(lm, ids, mask))
         return F.binary_cross_entropy_with_logits(raw, labels)
 
-    return train(
-        work, torch.nn.ModuleList([lm, head]), rows, loss_of, work.settings.rm_lr
-    )
+    model = torch.nn.ModuleList([lm, head])
+    return train(work, model, rows, loss_of, work.settings.rm_lr)

@@ -8,11 +8,10 @@ import unittest.mock
 
 import torch
 
-from benchmarks.work import peak_memory
+from more.common import peak_memory
+from practice.cells import LOOP, import_cells
 from utils.models import load_causal_lm
-from utils.rollout import evaluate_responses
-from utils.support.notebook import LOOP, NOTEBOOKS, import_cells
-from utils.training import autocast, seed_everything
+from utils.runs import NOTEBOOKS
 
 
 def ppo(work, watch):
@@ -26,53 +25,14 @@ def ppo(work, watch):
         loop[name] = watch.timed(phase, loop[name])
     run = loop["fresh_run"](load_causal_lm(work.model, work.device), settings)
     run.generator.manual_seed(work.seed)
-
-    def pause(step):
-        if step:
-            watch.rollout_done(run.policy.lm)
-
-    loop["train"](
-        run,
-        work.reference,
-        watch.timed("score", work.score),
-        work.prompts_of,
-        work.stop_id,
-        settings,
-        loop["ppo_advantages"],
-        loop["ppo_update"],
-        pause,
-    )
+    models = (work.reference, watch.timed("score", work.score))
+    how = {"advantages": loop["ppo_advantages"], "update": loop["ppo_update"]}
+    how |= {"collect": loop["collect_rollout"]}
+    how |= {"pause": lambda step: watch.rollout_done()}
+    loop["train"](run, *models, work.prompts_of, work.stop_id, settings, **how)
 
 
-@torch.no_grad()
-def first_ratio(work):
-    """The largest |ratio - 1| before the first step, over shuffled minibatches."""
-    loop = import_cells(NOTEBOOKS["3"], *LOOP)
-    seed_everything(work.seed)
-    settings, worst = work.settings, 0.0
-    run = loop["fresh_run"](load_causal_lm(work.model, work.device), settings)
-    run.generator.manual_seed(work.seed)
-    rollout = loop["collect_rollout"](
-        run.policy,
-        work.reference,
-        work.score,
-        work.prompts_of(0),
-        work.stop_id,
-        settings,
-        run.generator,
-    )
-    for index in torch.randperm(len(rollout)).split(settings.ppo_minibatch_size):
-        part = rollout.rows(index)
-        with autocast(settings, work.device):
-            logprobs, _ = evaluate_responses(
-                run.policy, *part.texts, settings.temperature
-            )
-        off = ((logprobs - part.old_logprobs).exp() - 1).abs().max().item()
-        worst = max(worst, off)
-    return worst
-
-
-def train_as_in(notebook, cells, work, trained, **names):
+def train_as_in(notebook, cells, work, **names):
     """Run the training cell of a notebook, with all that it takes from others."""
     seconds = []
 
@@ -86,28 +46,24 @@ def train_as_in(notebook, cells, work, trained, **names):
     names["tokenizer"] = work.tokenizer
     quiet = contextlib.redirect_stdout(io.StringIO())
     with quiet, unittest.mock.patch("tqdm.tqdm", clock):  # imported by the cell
-        model = import_cells(notebook, *cells, names=names)["model"]
-    if trained:
-        model.save_pretrained(trained)
-        work.tokenizer.save_pretrained(trained)
+        import_cells(notebook, *cells, names=names)
     return {"seconds": seconds[-1], "memory": peak_memory(work.device)}
 
 
-def sft(work, rows, trained=None):
-    """The training cell of notebook 1; the model is kept in `trained`."""
+def sft(work, rows):
+    """The training cell of notebook 1."""
     kept = {"train": [row for row, _ in rows], "validation": [rows[0][0]]}
     cells = ("batch-loss", "validate", "train-prepare", "train")
     names = {"kept": kept, "pretrained": work.reference}
-    return train_as_in(NOTEBOOKS["1"], cells, work, trained, **names)
+    return train_as_in(NOTEBOOKS["1"], cells, work, **names)
 
 
-def rm(work, rows, trained=None):
-    """The training cell of notebook 2; the model is kept in `trained`."""
+def rm(work, rows):
+    """The training cell of notebook 2."""
     splits = {"train": rows, "validation": rows[:1]}
-    cells = ("model", "scores", "validate", "train")
-    rows = {name: [row for row, _ in some] for name, some in splits.items()}
+    ids = {name: [row for row, _ in some] for name, some in splits.items()}
     labels = {
         name: torch.tensor([float(y) for _, y in some]) for name, some in splits.items()
     }
-    names = {"rows": rows, "labels": labels}
-    return train_as_in(NOTEBOOKS["2"], cells, work, trained, **names)
+    cells = ("model", "scores", "validate", "train")
+    return train_as_in(NOTEBOOKS["2"], cells, work, rows=ids, labels=labels)

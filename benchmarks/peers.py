@@ -13,14 +13,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.work import peak_memory
+from more.common import peak_memory
 from utils.data import lm_labels, pad
 
 
 def classifier(work, mean=0.0, std=1.0):
     """Our reward model as TRL wants one, with the normalisation in its head."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        work.reward_model, num_labels=1, dtype=torch.float32
+        work.model, num_labels=1, dtype=torch.float32
     )
     head = work.reward.head
     model.score = torch.nn.Linear(head.in_features, 1).to(work.device)
@@ -66,17 +66,17 @@ def ppo(work, watch):
         cliprange=s.clip_range,
         cliprange_value=s.value_clip_range,
         vf_coef=s.value_coef,
-        gamma=s.gamma,
+        gamma=1.0,
         lam=s.gae_lambda,
         temperature=s.temperature,
         response_length=s.max_new_tokens,
         stop_token_id=work.stop_id,
-        missing_eos_penalty=None if work.never_ends else 1.0,
+        missing_eos_penalty=None,
     )
 
     class Judge(TrainerCallback):
         def on_step_end(self, *_, **__):
-            watch.rollout_done(trainer.policy_model)
+            watch.rollout_done()
 
     trainer = PPOTrainer(
         args=config,

@@ -1,8 +1,8 @@
 """One process and two, a thread each: `python -m benchmarks.processes`.
 
-Seconds of notebook 3's loop per episode, as `python -m utils --processes N` takes them
-in the tiny preset, in turns. Needs the models of notebooks 1 and 2 in `runs/tiny`, and
-a machine with nothing else to do. Writes `docs/processes.json`.
+Seconds of PPO per episode, as `python -m more.processes` takes them in the tiny preset,
+in turns. Needs the models of notebooks 1 and 2 in `runs/tiny`, and a machine with
+nothing else to do. Writes `docs/processes.json`.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import machine
+from more.common import write_text
+from utils.runs import ROOT, find_artefacts
 from utils.settings import TINY
-from utils.support.artefacts import find_artefacts, write_text
-from utils.support.notebook import ROOT
 
 RESULTS = "docs/processes.json"
 SIZES = {64: 10, 512: 4}  # responses in a minibatch, of four in a rollout: rollouts
@@ -26,20 +26,21 @@ SIZES = {64: 10, 512: 4}  # responses in a minibatch, of four in a rollout: roll
 
 def seconds_per_episode(n: int, size: int) -> float:
     """Of a run of PPO on n processes, from the models of `runs/tiny`."""
-    episodes = SIZES[size] * 4 * size
-    changes = {"device": "cpu", "ppo_episodes": episodes, "ppo_rollout_size": 4 * size}
-    changes |= {"ppo_minibatch_size": size, "ppo_micro_batch_size": size}
-    changes |= {"possible_samples": 2, "time_machine_prompts": 0}
-    with tempfile.TemporaryDirectory() as folder:
+    sizes = {"ppo_rollout_size": 4 * size, "ppo_episodes": SIZES[size] * 4 * size}
+    sizes |= {"ppo_minibatch_size": size, "ppo_micro_batch_size": size}
+    # Else they would be sought in the other folder of runs
+    changes = {"model_name": TINY.model_name, "dataset_name": TINY.dataset_name}
+    with tempfile.TemporaryDirectory() as runs:
+        changes |= {**sizes, "device": "cpu", "runs_dir": runs}
         for name in ("sft", "reward_model"):
-            shutil.copytree(ROOT / TINY.folder / name, Path(folder) / "tiny" / name)
-        command = [sys.executable, "-m", "utils", "--only", "3", "--processes", str(n)]
-        for name, value in {**changes, "runs_dir": folder}.items():
+            shutil.copytree(ROOT / TINY.folder / name, Path(runs) / "tiny" / name)
+        command = [sys.executable, "-m", "more.processes", "--processes", str(n)]
+        for name, value in changes.items():
             command += ["--set", f"{name}={value}"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=env, check=True)
-        metrics = json.loads((Path(folder) / "tiny" / "metrics.json").read_text())
-    return metrics["policy"]["seconds"] / episodes
+        file = Path(runs) / "tiny" / "policy_processes" / "metrics.json"
+        return json.loads(file.read_text())["seconds"] / sizes["ppo_episodes"]
 
 
 def main(argv=None):
@@ -55,13 +56,10 @@ def main(argv=None):
             for n, times in found.items():
                 times.append(seconds_per_episode(int(n), size))
         one, two = map(statistics.median, found.values())
-        result[f"minibatches of {size}"] = {
-            "seconds per episode": found,
-            "times as fast": one / two,
-        }
+        measured = {"seconds per episode": found, "times as fast": one / two}
+        result[f"minibatches of {size}"] = measured
+        print(f"minibatches of {size}: two are {one / two:.2f} times as fast as one")
     write_text(ROOT / RESULTS, json.dumps(result, indent=2) + "\n")
-    for name, measured in list(result.items())[1:]:
-        print(f"{name}: two are {measured['times as fast']:.2f} times as fast as one")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from transformers import AutoConfig
 NAMES = {"ours": "notebook", "naive": "naive loop", "peers": "TRL 1.12.0"}
 TRAINERS = {**NAMES, "peers": "transformers.Trainer"}
 PHASES = ("generate", "score", "log-probs", "update")
-COLOURS = {"ours": "#3b6fb6", "naive": "#8a8a8a", "peers": "#c8553d"}
 SHADES = ("#9ec3ea", "#f0b9a8", "#d0d0d0", "#3b6fb6")  # of the phases
-GOALS = (0.5, 0.8)
 
 
 def machine() -> dict:
@@ -82,9 +80,10 @@ def operations(found) -> float:
     (forward, and backward twice) in each epoch of the update.
     """
     shape, settings = found["model"], found["ppo_settings"]
-    lengths = (settings["prompt_min_tokens"], settings["prompt_max_tokens"])
     response = settings["max_new_tokens"]
-    tokens = sum(lengths) / 2 + response
+    tokens = (
+        2 + settings["prompt_max_tokens"]
+    ) / 2 + response  # a prompt has 2 or more
     trunk = 2 * 12 * shape["layers"] * shape["width"] ** 2 * tokens
     projection = 2 * shape["words"] * shape["width"] * response
     update = 3 * settings["ppo_epochs"]
@@ -144,53 +143,6 @@ def ppo_table(found) -> str:
     return "\n".join(text)
 
 
-def reached(judged, goal):
-    """The first measurement at or above the goal, or None."""
-    return next((place for place in judged if place["reward"] >= goal), None)
-
-
-def quality_table(found) -> str:
-    """Seconds, episodes and KL until a mean reward was first measured."""
-    rows = []
-    for goal in GOALS:
-        ours = [reached(run["judged"], goal) for run in found["quality"]["ours"]]
-        for name, runs in found["quality"].items():
-            runs = [run["judged"] for run in runs]
-            places = [reached(judged, goal) for judged in runs]
-            cells = [f"{goal}, {NAMES[name]}"]
-            ends = [
-                place or judged[-1] for place, judged in zip(places, runs, strict=True)
-            ]
-            seconds = [end["seconds"] for end in ends]
-            if None in places:
-                best = max(place["reward"] for judged in runs for place in judged)
-                cells += [f"not in {middle(seconds)}", f"reached {best:.2f}", ""]
-            else:
-                cells.append(middle(seconds))
-                cells += [
-                    middle([end[key] for end in ends]) for key in ("episodes", "kl")
-                ]
-            if None in ours:  # nothing to compare with
-                cells.append("")
-            else:
-                against = [
-                    theirs / own["seconds"]
-                    for theirs, own in zip(seconds, ours, strict=True)
-                ]
-                over = "over " if None in places else ""
-                cells.append(f"{over}{statistics.median(against):.1f}")
-            rows.append(cells)
-    head = ["reward reached", "seconds", "episodes", "KL [nats]", "times ours"]
-    ratios = " and ".join(
-        f"{worst:.0e} in {precision}"
-        for precision, (worst,) in found["first_ratio"].items()
-    )
-    return (
-        f"### Time to quality\n\n{table(head, rows)}\n\n"
-        f"Largest error of a ratio before the first step, over one rollout: {ratios}."
-    )
-
-
 def supervised_table(found) -> str:
     """Real tokens a second."""
     titles = {"sft": "SFT", "rm": "reward model"}
@@ -215,46 +167,10 @@ def supervised_table(found) -> str:
     return "### SFT and reward model\n\n" + table(head, rows)
 
 
-def growth_table(found) -> str:
-    """Time against episodes and against the size of the rollout."""
-
-    def seconds(run, n):
-        """Of the first n rollouts after the one that warmed up."""
-        return sum(sum(rollout.values()) for rollout in run["rollouts"][1 : 1 + n])
-
-    runs = {int(size): some for size, some in found["growth"].items()}
-    small = min(runs)
-    rows = []
-    for n in (1, 2, 4, 8):
-        times = [seconds(run, n) for run in runs[small]]
-        shares = [
-            8 * t / n / seconds(run, 8)
-            for t, run in zip(times, runs[small], strict=True)
-        ]
-        peaks = [run["peaks"][n] for run in runs[small]]
-        rows.append((n * small, small, times, shares, peaks))
-    base = [seconds(run, 4) for run in runs[small]]
-    for size, some in runs.items():
-        if size != small:
-            times = [seconds(run, 4 * small // size) for run in some]
-            shares = [t / b for t, b in zip(times, base, strict=True)]
-            peaks = [run["memory"] for run in some]
-            rows.append((4 * small, size, times, shares, peaks))
-    lines = [
-        [
-            f"{episodes} in rollouts of {size}",
-            middle(times),
-            f"{statistics.median(shares):.2f}",
-            f"{statistics.median(peaks):.2f}",
-        ]
-        for episodes, size, times, shares, peaks in rows
-    ]
-    head = ["episodes", "seconds", "1 is in proportion", "peak memory [GiB]"]
-    return "### Growth\n\n" + table(head, lines)
-
-
-def plot_phases(axis, found):
+def plot(found):
     """Where the time of PPO goes."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    axis.spines[["top", "right"]].set_visible(False)
     bottoms = [0.0] * len(NAMES)
     for phase, shade in zip(PHASES, SHADES, strict=True):
         heights = [
@@ -267,49 +183,7 @@ def plot_phases(axis, found):
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
     axis.set(title="PPO: where the time goes", ylabel="seconds per 1,000 episodes")
     axis.legend(frameon=False)
-
-
-def plot_quality(axis, found):
-    """The reward over time, run by run."""
-    for name, runs in found["quality"].items():
-        for number, run in enumerate(runs):
-            x = [place["seconds"] for place in run["judged"]]
-            y = [place["reward"] for place in run["judged"]]
-            label = NAMES[name] if number == 0 else None
-            axis.plot(x, y, color=COLOURS[name], label=label, marker=".", alpha=0.8)
-    for goal in GOALS:
-        axis.axhline(goal, color="#8a8a8a", linestyle=":", linewidth=1)
-    axis.set(title="Time to quality", xlabel="seconds", ylabel="mean held-out reward")
-    axis.legend(frameon=False)
-
-
-def plot_growth(axis, found):
-    """Seconds against episodes."""
-    size = min(map(int, found["growth"]))
-    for number, run in enumerate(found["growth"][str(size)]):
-        seconds = [sum(rollout.values()) for rollout in run["rollouts"][1:]]
-        x = [size * n for n in range(len(seconds) + 1)]
-        label = "notebook" if number == 0 else None
-        y = [sum(seconds[:n]) for n in range(len(x))]
-        axis.plot(x, y, color=COLOURS["ours"], marker=".", alpha=0.8, label=label)
-    axis.set(title="Growth", xlabel="episodes", ylabel="seconds")
-    axis.legend(frameon=False)
-
-
-def plot(found, file):
-    """A picture for each part that has one."""
-    panels = {"ppo": plot_phases, "quality": plot_quality, "growth": plot_growth}
-    panels = [draw for part, draw in panels.items() if part in found]
-    if not panels:
-        return
-    size = (4.6 * len(panels), 3.4)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, layout="constrained", squeeze=False
-    )
-    for axis, draw in zip(axes[0], panels, strict=True):
-        axis.spines[["top", "right"]].set_visible(False)
-        draw(axis, found)
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 def text_of(found) -> str:
@@ -321,12 +195,7 @@ def text_of(found) -> str:
         f"model of {model['layers']} layers x {model['width']}, {model['words']:,} "
         "words. Medians of the rounds, and from least to most."
     ]
-    tables = {
-        "ppo": ppo_table,
-        "quality": quality_table,
-        "supervised": supervised_table,
-        "growth": growth_table,
-    }
+    tables = {"ppo": ppo_table, "supervised": supervised_table}
     text += [make(found) for part, make in tables.items() if part in found]
     return "\n\n".join(text) + "\n"
 
@@ -335,5 +204,6 @@ def write(found, folder) -> str:
     """Write `compare.md` and `compare.png`; returns the text."""
     text = text_of(found)
     (folder / "compare.md").write_text(text)
-    plot(found, folder / "compare.png")
+    if "ppo" in found:
+        plot(found).savefig(folder / "compare.png", dpi=120)
     return text

@@ -4,16 +4,16 @@ import contextlib
 import dataclasses
 import functools
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from utils.data import clean, load_reviews, load_tokenizer, make_prompts, pad, tokenize
+from more.common import peak_memory
+from practice import tiny_world
+from utils.data import load_reviews, load_tokenizer, make_prompts, pad, tokenize
 from utils.models import (
     RewardModel,
     freeze,
@@ -21,21 +21,9 @@ from utils.models import (
     load_causal_lm,
     vocabulary_logits,
 )
-from utils.practice import tiny_world
-from utils.rollout import (
-    has_ended,
-    normalise_scores,
-    response_logprobs,
-    sample_responses,
-    squash,
-)
+from utils.rollout import sample_responses
 from utils.settings import Settings
 from utils.training import get_device, seed_everything
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
 
 GPT2_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256}
 GPT2_WORDS = 50257
@@ -66,14 +54,16 @@ def build_default(folder):
 
 @dataclass(frozen=True)
 class Work:
-    """Models, prompts and settings; the same for every loop, in every process."""
+    """Models, prompts and settings; the same for every loop, in every process.
 
-    model: str  # folder or name of the policy, which is also the reference
-    reward_model: str  # folder of a reward model, or a model to put a fresh head on
+    No response ends before its last slot: the stop token is one that the model never
+    writes. So all loops have the same number of tokens to work on.
+    """
+
+    model: str  # folder or name: the policy, the reference, and below a fresh head
     dataset: str
     settings: Settings
     seed: int = 0
-    never_ends: bool = False  # the stop token is one that the model never writes
 
     @functools.cached_property
     def device(self):
@@ -94,27 +84,26 @@ class Work:
     def reward(self):
         """The frozen reward model."""
         torch.manual_seed(0)
-        return freeze(RewardModel.from_pretrained(self.reward_model).to(self.device))
+        return freeze(RewardModel.from_pretrained(self.model).to(self.device))
 
     @functools.cached_property
     def reviews(self):
-        """The splits of the data set."""
+        """The training split of the data set."""
         named = dataclasses.replace(self.settings, dataset_name=self.dataset)
-        return load_reviews(named)
+        return load_reviews(named)["train"]
 
-    def rows(self, split, n, min_tokens=2):
-        """Token ids and labels of the first n long enough reviews of a split."""
-        reviews, settings = self.reviews[split], self.settings
-        if n:  # some are too short to be used
-            reviews = reviews.select(range(min(4 * n, len(reviews))))
-        ids = tokenize(reviews["sentence"], self.tokenizer, settings.max_tokens)
+    def rows(self, n, min_tokens):
+        """Token ids and labels of the first n long enough reviews."""
+        reviews = self.reviews.select(range(min(4 * n, len(self.reviews))))
+        most = self.settings.max_tokens
+        ids = tokenize(reviews["sentence"], self.tokenizer, most)
         pairs = zip(ids, reviews["label"], strict=True)
         return [(row, y) for row, y in pairs if len(row) >= min_tokens][:n]
 
     @functools.cached_property
     def prompts(self):
-        """All training prompts, shuffled."""
-        sentences = list(self.reviews["train"]["sentence"])
+        """All prompts, shuffled."""
+        sentences = list(self.reviews["sentence"])
         return make_prompts(sentences, self.tokenizer, self.settings, self.seed)
 
     def prompts_of(self, step):
@@ -124,106 +113,67 @@ class Work:
         return [self.prompts[i % len(self.prompts)] for i in places]
 
     @functools.cached_property
-    def held_out(self):
-        """Prompts that no loop trains on."""
-        sentences = list(self.reviews["validation"]["sentence"])
-        seen = {clean(sentence) for sentence in self.reviews["train"]["sentence"]}
-        options = {"seed": 0, "exclude": seen}
-        prompts = make_prompts(sentences, self.tokenizer, self.settings, **options)
-        return prompts[: self.settings.eval_prompts]
-
-    @functools.cached_property
     def unlikely(self):
         """The two tokens that are least likely to follow the prompts."""
-        ids, mask = pad(self.prompts[:64], 0, side="left")
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        padded = pad(self.prompts[:64], 0, side="left")
+        texts = [x.to(self.device) for x in padded]
         with torch.no_grad():
-            last = hidden_states(self.reference.base_model, ids, mask)[:, -1]
+            last = hidden_states(self.reference.base_model, *texts)[:, -1]
             probs = vocabulary_logits(self.reference, last).softmax(-1).mean(0)
         known = probs[: len(self.tokenizer)]  # a model may have words to spare
         return known.topk(2, largest=False).indices.tolist()
 
-    @functools.cached_property
+    @property
     def stop_id(self):
-        """The token that closes a response."""
-        return self.unlikely[0] if self.never_ends else self.tokenizer.eos_token_id
-
-    @torch.no_grad()
-    def sample(self, lm, prompts):
-        """Sampled texts (ids, attention mask, response mask) in pieces."""
-        generator = torch.Generator(self.device).manual_seed(1)
-        settings, size = self.settings, self.settings.ppo_minibatch_size
-        for start in range(0, len(prompts), size):
-            padded = pad(prompts[start : start + size], self.stop_id, side="left")
-            ids, mask = (x.to(self.device) for x in padded)
-            options = (self.stop_id, settings.max_new_tokens, settings.temperature)
-            yield sample_responses(lm, ids, mask, *options, generator)
+        """The token that would close a response."""
+        return self.unlikely[0]
 
     @functools.cached_property
+    @torch.no_grad()
     def scale(self):
         """Mean and spread of the raw score over texts of the reference."""
-        texts = self.sample(self.reference, self.prompts[:256])
-        raw = torch.cat([self.reward(*text[:2]) for text in texts])
+        generator = torch.Generator(self.device).manual_seed(1)
+        settings, raw = self.settings, []
+        for start in range(0, 256, size := settings.ppo_minibatch_size):
+            some = self.prompts[start : start + size]
+            prompts = (x.to(self.device) for x in pad(some, self.stop_id, side="left"))
+            options = (self.stop_id, settings.max_new_tokens, settings.temperature)
+            ids, mask, _ = sample_responses(
+                self.reference, *prompts, *options, generator
+            )
+            raw.append(self.reward(ids, mask))
+        raw = torch.cat(raw)
         return raw.mean().item(), raw.std().item()
-
-    def normalised(self, raw, ended):
-        """The score that PPO maximises, from the reward model's logit."""
-        if self.never_ends:  # no text would ever be rewarded
-            ended = torch.ones_like(ended)
-        return normalise_scores(
-            raw, ended, *self.scale, self.settings.missing_eos_score
-        )
 
     def score(self, ids, attention_mask, mask):
         """Raw and normalised score of sampled texts."""
         raw = self.reward(ids, attention_mask)
-        return raw, self.normalised(raw, has_ended(ids, mask, self.stop_id))
+        return raw, self.normalised(raw)
 
-    @torch.no_grad()
-    def judge(self, lm):
-        """Mean of 2 sigmoid(raw logit) - 1 and of the KL over the held-out prompts."""
-        rewards, kl, training = [], 0.0, lm.training
-        lm.eval()
-        for ids, attention_mask, mask in self.sample(lm, self.held_out):
-            rewards.append(squash(self.reward(ids, attention_mask)))
-            ours, theirs = (
-                response_logprobs(model, ids, attention_mask, mask)
-                for model in (lm, self.reference)
-            )
-            kl += (ours - theirs).sum().item()
-        lm.train(training)
-        return torch.cat(rewards).mean().item(), kl / len(self.held_out)
+    def normalised(self, raw):
+        """The score that PPO maximises, from the reward model's logit."""
+        mean, std = self.scale
+        return (raw - mean) / std
 
 
 class Enough(Exception):
-    """Raised by the watch when a loop has done all that was asked of it."""
+    """Raised by the watch when a loop has made all the rollouts it was asked for."""
 
 
 @dataclass
 class Watch:
-    """Seconds by phase, rollout by rollout; what it judges costs no time.
+    """Seconds by phase, rollout by rollout."""
 
-    A loop ends when it has made `rollouts`, has reached `goal`, or has taken `limit`
-    seconds. It is judged whenever `every` further episodes are done; 0: never.
-    """
-
-    work: Work
-    rollouts: int = 0
-    every: int = 0
-    goal: float = 2.0
-    limit: float = float("inf")
+    device: torch.device
+    rollouts: int
     done: list = dataclasses.field(default_factory=list)  # Counter of each rollout
-    judged: list = dataclasses.field(default_factory=list)
-    peaks: list = dataclasses.field(default_factory=list)  # GiB, after each rollout
 
     def __post_init__(self):
         self.phase, self.phases, self.since = "log-probs", Counter(), self.now()
-        if self.every:
-            self.look(self.work.reference)
 
     def now(self):
         """The time when all that was asked of a GPU is done."""
-        if self.work.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -246,60 +196,21 @@ class Watch:
 
         return wrapped
 
-    @property
-    def seconds(self):
-        """What all finished rollouts took."""
-        return sum(phases.total() for phases in self.done)
-
-    @property
-    def episodes(self):
-        """How many responses all finished rollouts hold."""
-        return len(self.done) * self.work.settings.ppo_rollout_size
-
-    def look(self, lm):
-        """Judge a policy."""
-        reward, kl = self.work.judge(lm)
-        found = {"seconds": self.seconds, "episodes": self.episodes}
-        self.judged.append({**found, "reward": reward, "kl": kl})
-
-    def rollout_done(self, lm):
+    def rollout_done(self):
         """One rollout and its update are done."""
         self.switch("log-probs")
         self.done.append(self.phases)
-        self.peaks.append(peak_memory(self.work.device))
-        late = self.seconds > self.limit
-        if self.every and (late or self.episodes % self.every == 0):
-            self.look(lm)  # also when it is stopped: what it reached by then counts
-        at_goal = self.judged and self.judged[-1]["reward"] >= self.goal
-        if len(self.done) == self.rollouts or at_goal or late:
+        if len(self.done) == self.rollouts:
             raise Enough
-        self.phases, self.since = Counter(), self.now()
-
-    def report(self):
-        """What was found; the first rollout warms up and counts for no speed."""
-        return {
-            "rollouts": [dict(phases) for phases in self.done],
-            "judged": self.judged,
-            "memory": self.peaks[-1],
-            "peaks": self.peaks,
-        }
+        self.phases = Counter()
 
 
-def peak_memory(device) -> float:
-    """The most memory that this process (on a GPU: its tensors) ever held, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
-        return psutil.Process().memory_info().peak_wset / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def run_ppo(module, work: Work, **limits) -> dict:
-    """Time a module's PPO loop on the work."""
+def run_ppo(loop, work: Work, rollouts: int, watch=Watch) -> dict:
+    """Time a PPO loop on the work; its first rollout warms up."""
     seed_everything(work.seed)
-    _ = work.prompts, work.stop_id, work.scale  # load and make before the clock runs
-    watch = Watch(work, **limits)
+    _ = work.prompts, work.scale  # load and make before the clock runs
+    watch = watch(work.device, rollouts)
     with contextlib.suppress(Enough):
-        module.ppo(work, watch)
-    return watch.report()
+        loop(work, watch)
+    found = [dict(phases) for phases in watch.done]
+    return {"rollouts": found, "memory": peak_memory(work.device)}

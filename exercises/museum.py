@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+from practice import exact_world
+from practice.cells import LOOP, import_cells
 from utils.models import PolicyWithValueHead
 from utils.ppo import masked_mean, policy_loss
-from utils.practice import exact_world
-from utils.support.notebook import LOOP, import_cells
 from utils.training import GuardedOptimizer
 
 # Nothing holds the steps back here, so that a mistake shows
@@ -120,12 +120,12 @@ def _put_in(loop, name, piece):
         stats = policy_loss(logprobs, old_logprobs, advantages, mask, eps)[1]
         return masked_mean(losses, mask), stats
 
-    if name in ("penalised_rewards", "place_scores"):
-        loop["token_rewards"] = rewards
-    elif name == "advantages_and_returns":
-        loop["compute_gae"] = gae
-    elif name == "surrogate":
-        loop["policy_loss"] = loss
+    loop |= {
+        "penalised_rewards": {"token_rewards": rewards},
+        "place_scores": {"token_rewards": rewards},
+        "advantages_and_returns": {"compute_gae": gae},
+        "surrogate": {"policy_loss": loss},
+    }.get(name, {})
 
 
 def exhibit(number: int) -> list[dict]:
@@ -156,7 +156,7 @@ def train(name="", piece=None, title="") -> list[dict]:
         policy = PolicyWithValueHead(lm).eval()
         head = {"params": policy.value_head.parameters(), "lr": s.value_head_lr}
         adam.add_param_group(head)
-        optimizer = GuardedOptimizer(policy, adam, s, s.max_grad_norm)
+        optimizer = GuardedOptimizer(policy, adam, s)
         decay = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
         run = dataclasses.replace(run, policy=policy, optimizer=optimizer, decay=decay)
     if name == "make_reference":

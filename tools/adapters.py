@@ -15,35 +15,31 @@ import json
 import sys
 from types import SimpleNamespace
 
-import torch
 from tqdm import tqdm
 
-from tools.race import by_seed, rounded
-from utils.evaluation import gain_in_objective
+from more.common import gain_in_objective, notebook_3, write_text
+from practice.cells import import_cells
+from tools.race import rounded
+from utils.runs import ROOT, prepare
 from utils.settings import TINY
-from utils.support.artefacts import find_artefacts, write_text
-from utils.support.notebook import LOOP, ROOT, import_cells
-from utils.support.preflight import prepare
 
 RESULTS = "docs/adapters.json"
 LESSON = "more/7-Adapters.ipynb"
 # The better of 1e-3 and 2e-3 on seed 100, layout 3, rank 16: J 0.54 against 0.51
 RATE, SEEDS = 2e-3, range(3)
 RACED = ((3, 16), (2, 16), (3, 1), (3, 4), (1, 16))  # layout and rank
-MODELS = ("load", "prompts", "prompts-of", "score", "score-function")
-CELLS = ("reward-adapter", "reward-on", "build", "score-by")
+CELLS = ("reward-adapter", "reward-train", "reward-on", "build", "score-by")
 CELLS += ("fresh-adapter-run", "train-in")
 
 
 def lessons() -> tuple[SimpleNamespace, SimpleNamespace]:
     """Functions and models of notebook 3, and the layouts of notebook 7."""
     settings, device = prepare("policy", TINY.preset)
-    names = {"settings": settings, "device": device}
-    cells = (*MODELS, *LOOP, "judges", "evaluate")
-    three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
-    seven = import_cells(LESSON, *CELLS, names={**names, "lesson3": three})
+    three = notebook_3(settings, device)
     three.possible = three.reference_scores(three.held_out, settings.possible_samples)
-    return three, SimpleNamespace(**seven)
+    names = {"settings": settings, "device": device, "lesson3": three}
+    names |= {"sft_folder": three.sft_folder, "ROLLOUTS": 1}
+    return three, SimpleNamespace(**import_cells(LESSON, *CELLS, names=names))
 
 
 def measure(three, seven, layout, rank, seed) -> dict:
@@ -56,60 +52,25 @@ def measure(three, seven, layout, rank, seed) -> dict:
     return {**figures, "seconds": run.seconds}
 
 
-def reward_adapters(three, seven) -> dict:
-    """How often each reward adapter is right; trained and saved as notebook 7 does."""
-    bases = {
-        "on-the-sft-model": three.sft_folder,
-        "on-the-pretrained": three.settings.model_name,
-    }
-    return {
-        name: seven.train_reward_adapter(base, seven.ADAPTERS / name)
-        for name, base in bases.items()
-    }
-
-
-def name_of(layout, rank) -> str:
-    """What a row of the results is called."""
-    return f"layout {layout}, rank {rank}"
-
-
-def measure_all(found: dict, write, bar):
-    """Add to `found` what is not in it yet; `write()` after each run."""
-    three, seven = lessons()
-    if "reward accuracy" not in found:
-        found["reward accuracy"] = reward_adapters(three, seven)
-    bar.update()
-    found["rate"] = RATE
-    layouts = found.setdefault("layouts", {})
-    for layout, rank in RACED:
-        runs = layouts.setdefault(name_of(layout, rank), {})
-        for i, seed in enumerate(SEEDS):
-            if len(runs.get("score", ())) == i:
-                one = measure(three, seven, layout, rank, seed)
-                for figure, values in by_seed([one]).items():
-                    runs.setdefault(figure, []).extend(values)
-                write()
-            bar.update()
-
-
 def main(argv=None):
-    """Train the reward adapters, search, run, and write what was measured."""
-    parser = argparse.ArgumentParser(
+    """Train the reward adapters, run what is missing, and write what was measured."""
+    argparse.ArgumentParser(
         prog="python -m tools.adapters",
         description="PPO with adapters in the tiny world: layouts and ranks.",
-    )
-    parser.parse_args(argv)
-    find_artefacts(TINY, "sft", "reward_model")
-    torch.set_num_threads(1)
+    ).parse_args(argv)
     path = ROOT / RESULTS
     found = json.loads(path.read_text("utf8")) if path.exists() else {}
-    total = 1 + len(RACED) * len(SEEDS)
-    with (
-        tqdm(total=total, file=sys.stderr) as bar,
-        contextlib.redirect_stdout(io.StringIO()),  # the lessons' own bars
-    ):
-        measure_all(found, lambda: write_text(path, json.dumps(rounded(found))), bar)
-    write_text(path, json.dumps(rounded(found)) + "\n")
+    with contextlib.redirect_stdout(io.StringIO()):  # the lessons' own bars
+        three, seven = lessons()
+        found |= {"rate": RATE, "reward accuracy": seven.accuracies}
+        layouts = found.setdefault("layouts", {})
+        todo = [(*way, i) for way in RACED for i in range(len(SEEDS))]
+        for layout, rank, i in tqdm(todo, file=sys.stderr):
+            runs = layouts.setdefault(f"layout {layout}, rank {rank}", {})
+            if len(runs.get("score", ())) == i:
+                for figure, x in measure(three, seven, layout, rank, SEEDS[i]).items():
+                    runs.setdefault(figure, []).append(x)
+                write_text(path, json.dumps(rounded(found)) + "\n")
 
 
 if __name__ == "__main__":

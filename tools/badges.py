@@ -3,12 +3,12 @@
 import re
 import sys
 
-from utils.support.notebook import NOTEBOOKS, ROOT
+from utils.runs import NOTEBOOKS, ROOT
 
 # Where a repository is named, whether as the placeholder or by its name.
 PLACES = re.compile(
     r"(https://github\.com/|colab\.research\.google\.com/github/)"
-    r"([\w.-]+/[\w.-]+?)(?=/blob/main/|\.git\b)"
+    r"([\w.-]+/[\w.-]+?)(?=/blob/main/|\.git\b|\\\")"
 )
 
 

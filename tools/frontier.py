@@ -7,27 +7,24 @@ small search chooses. It takes the SFT model and the reward model of `runs/tiny`
 writes `docs/frontier.json`: means over the seeds, with 95 % intervals.
 """
 
-import argparse
-import dataclasses
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
-from tools import preferences, race
-from tools.race import in_parallel, rounded, silent
-from utils.evaluation import T_975, best_of_n, best_possible, interval_95
+from more.common import T_975, best_of_n, best_possible, interval_95, write_text
+from practice.cells import import_cells
+from tools import race
+from tools.race import alone, in_parallel, options_of, rounded
 from utils.models import PolicyWithValueHead, load_causal_lm
+from utils.runs import NOTEBOOKS, ROOT, prepare
 from utils.settings import TINY
-from utils.support.artefacts import find_artefacts, write_text
-from utils.support.notebook import ROOT, import_cells
-from utils.support.preflight import prepare
 
 RESULTS = "docs/frontier.json"
-LESSON = "more/6-Frontier.ipynb"
-RESPONSES = TINY.frontier_rollouts * TINY.ppo_rollout_size
+RESPONSES = 10 * TINY.ppo_rollout_size  # as many as the lesson's short runs have
 # Of KL, in units of the score; for DPO of the labeller's utility, 3 for a good text
 PRICES = {
     "PPO": (1.0, 0.3, 0.1, 0.03, 0.0),
@@ -41,24 +38,26 @@ SEARCH_SEED, SEARCH_PRICE, UTILITY = 100, 0.3, 3.0
 NUMBERS, POSSIBLE_PRICES = (1, 2, 4, 8, 16), (1.0, 0.3, 0.1)
 CANDIDATES = 32  # of the SFT model, to each held-out prompt
 REPEATS = 2  # responses of a policy to each held-out prompt
-PAIRS, DPO = ("sample-pairs", "utility", "label"), ("pair-logprobs", "train-dpo")
+DPO = ("sample-pairs", "utility", "label", "pair-logprobs", "train-dpo")
 
 
 def lessons(seed) -> SimpleNamespace:
     """The functions and models of the lessons, with settings of this seed."""
-    torch.set_num_threads(1)
+    alone()
     torch.manual_seed(seed)
-    silent()
     settings, device = prepare("policy", TINY.preset)
+    own = replace(settings, seed=seed, ppo_episodes=RESPONSES)
     three, four = race.lessons(settings, device)
-    own = dataclasses.replace(settings, seed=seed, ppo_episodes=RESPONSES)
     # Measured with this seed, too
-    names = vars(three) | {"settings": own}
-    evaluate = import_cells("3-RLHF.ipynb", "evaluate", names=names)["evaluate"]
+    names = {**vars(three), "settings": own}
+    evaluate = import_cells(NOTEBOOKS["3"], "judges", "evaluate", names=names)[
+        "evaluate"
+    ]
     names = {"settings": own, "device": device, "lesson3": three, "evaluate": evaluate}
     names |= {"tokenizer": three.tokenizer, "eos_id": three.eos_id}
     names |= {"train_as": four.train_as}
-    names |= import_cells(LESSON, "frontier-point", names=names)
+    names |= import_cells(NOTEBOOKS["6"], "frontier-point", names=names)
+    names |= import_cells(NOTEBOOKS["5"], *DPO, names=names)
     return SimpleNamespace(**names)
 
 
@@ -72,7 +71,7 @@ def online(name, prices, seed, k, rate) -> list[dict]:
     """PPO or RLOO, which write and are scored: a run at each price."""
     series, points = lessons(seed), []
     for price in prices:
-        own = dataclasses.replace(series.settings, kl_coef=price, ppo_lr=rate)
+        own = replace(series.settings, kl_coef=price, ppo_lr=rate)
         run = series.train_as(name, k, series.lesson3.score, own)
         points.append(place(series, price, run.policy))
     return points
@@ -84,15 +83,12 @@ def offline(runs, seed) -> list[dict]:
     A run is a price, a learning rate, passes over the pairs, and pairs to a step.
     """
     series, points = lessons(seed), []
-    three, names = series.lesson3, vars(series)
-    five = SimpleNamespace(**import_cells(preferences.LESSON, *PAIRS, names=names))
+    three = series.lesson3
     prompts = three.train_prompts[: RESPONSES // 2]  # each is answered twice
-    pairs = five.label(five.sample_pairs(three.reference, prompts, seed), seed)
+    pairs = series.label(series.sample_pairs(three.reference, prompts, seed), seed)
     for price, rate, passes, size in runs:
-        own = dataclasses.replace(series.settings, dpo_lr=rate)
-        five = import_cells(preferences.LESSON, *DPO, names=names | {"settings": own})
         lm = load_causal_lm(three.sft_folder, series.device).eval()
-        five["train_dpo"](lm, pairs, price, seed, passes, size)
+        series.train_dpo(lm, pairs, price, rate, seed, passes, size)
         points.append(place(series, price, PolicyWithValueHead(lm).eval()))
     return points
 
@@ -151,18 +147,9 @@ def search() -> dict:
 
 def main(argv=None):
     """Search, train at each price, and write what was measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.frontier",
-        description="What a nat of KL buys in the tiny world, for five methods.",
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each point")
-    options = parser.parse_args(argv)
-    if options.jobs < 1:
-        parser.error(f"one run at once is the least, got --jobs {options.jobs}")
-    if options.seeds not in T_975:
-        parser.error(f"an interval takes 2 to 10 seeds, got --seeds {options.seeds}")
-    find_artefacts(TINY, "sft", "reward_model")
+    description = "What a nat of KL buys in the tiny world, for five methods."
+    seeds = {"type": int, "default": 3, "choices": T_975, "help": "runs of each point"}
+    options = options_of(argv, "frontier", description, seeds=seeds)
     tried = in_parallel(options.jobs, "search", {"DPO": (search,)})["DPO"]
     raced = json.loads((ROOT / race.RESULTS).read_text("utf8"))["chosen"]
     chosen = {name: raced[name] for name in ("PPO", "RLOO")}

@@ -8,22 +8,13 @@ wait in a queue; what the limits are is said on the page.
 import argparse
 import html
 import os
+from itertools import zip_longest
 
+from more.talk import AFTER, BEFORE, EOS, TEMPERATURES, Talk, card, token_texts, visible
 from utils.data import load_tokenizer
 from utils.models import RewardModel, freeze, load_causal_lm
+from utils.runs import find_artefacts
 from utils.settings import PRESETS, load_settings
-from utils.support.artefacts import find_artefacts
-from utils.support.notebook import no_widgets
-from utils.talk import (
-    AFTER,
-    BEFORE,
-    EOS,
-    TEMPERATURES,
-    Talk,
-    card,
-    token_texts,
-    visible,
-)
 from utils.training import get_device
 
 LETTERS = 2_000  # of a prompt; what is longer is refused before it is read
@@ -55,16 +46,14 @@ def answers(talk: Talk, prompt, temperature, seed):
             )
         ids = talk.encode(prompt)
         numbers = float(temperature), int(seed)
-        drawn = {name: talk.stream(name, ids, *numbers) for name in (BEFORE, AFTER)}
-        tokens, growing = {name: [] for name in drawn}, set(drawn)
-        while growing:
-            for name in sorted(growing):
-                if (token := next(drawn[name], None)) is None:
-                    growing.discard(name)
-                else:
-                    tokens[name].append(token)
-            yield tuple(_so_far(talk, name, ids, tokens[name]) for name in drawn)
-        yield tuple(card(talk.reply(name, ids, tokens[name])) for name in drawn)
+        tokens = {name: [] for name in (BEFORE, AFTER)}
+        for drawn in zip_longest(
+            *(talk.stream(name, ids, *numbers) for name in tokens)
+        ):
+            for name, token in zip(tokens, drawn, strict=True):
+                tokens[name] += [] if token is None else [token]
+            yield tuple(_so_far(talk, name, ids, tokens[name]) for name in tokens)
+        yield tuple(card(talk.reply(name, ids, tokens[name])) for name in tokens)
     except ValueError as error:
         yield (f"<p>{html.escape(visible(str(error)))}</p>",) * 2
     except (TypeError, OverflowError):
@@ -90,26 +79,28 @@ def build(talk: Talk):
             yield (f"<p>{FAILED}</p>",) * 2
 
     low, high = TEMPERATURES
-    with gradio.Blocks(title="Before and after PPO", analytics_enabled=False) as page:
-        gradio.Markdown(
-            "# Before and after PPO\nThe same prompt, temperature and seed for both "
-            "models. Blue is what PPO has made likelier, red what less likely; the "
-            "reward goes from −1 (blame) to 1 (praise).\n\nPrompts of up to "
-            f"{LETTERS:,} characters and {talk.longest} tokens; {AT_ONCE} are answered "
-            f"at a time, and {WAITING} may wait. The texts are made up."
-        )
-        prompt = gradio.Textbox("the film is", label="prompt", elem_id="prompt")
-        with gradio.Row():
-            temperature = gradio.Slider(low, high, 1.0, step=0.1, label="temperature")
-            seed = gradio.Number(0, label="seed", precision=0, elem_id="seed")
-        button = gradio.Button("write", elem_id="write")
-        with gradio.Row():
-            places = [gradio.HTML(elem_id=name.split()[0]) for name in (BEFORE, AFTER)]
-        given = [prompt, temperature, seed]
-        options = {"concurrency_limit": AT_ONCE, "concurrency_id": "models"}
-        options |= {"show_progress": "hidden", "api_name": "write"}
-        triggers = [button.click, prompt.submit]
-        gradio.on(triggers, write, given, places, **options)
+    page = gradio.Interface(
+        write,
+        [
+            gradio.Textbox("the film is", label="prompt", elem_id="prompt"),
+            gradio.Slider(low, high, 1.0, step=0.1, label="temperature"),
+            gradio.Number(0, label="seed", precision=0, elem_id="seed"),
+        ],
+        [gradio.HTML(elem_id=name.split()[0]) for name in (BEFORE, AFTER)],
+        title="Before and after PPO",
+        description="The same prompt, temperature and seed for both models. Blue is "
+        "what PPO has made likelier, red what less likely; the reward goes from −1 "
+        f"(blame) to 1 (praise).\n\nPrompts of up to {LETTERS:,} characters and "
+        f"{talk.longest} tokens; {AT_ONCE} are answered at a time, and {WAITING} may "
+        "wait. The texts are made up.",
+        submit_btn=gradio.Button("write", elem_id="write"),
+        clear_btn=None,
+        flagging_mode="never",
+        api_name="write",
+        show_progress="hidden",
+        concurrency_limit=AT_ONCE,
+        analytics_enabled=False,
+    )
     return page.queue(max_size=WAITING)
 
 
@@ -118,11 +109,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.page")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument(
-        "--share",
-        action="store_true",
-        help="a public address, through gradio's servers",
-    )
+    public = "a public address, through gradio's servers"
+    parser.add_argument("--share", action="store_true", help=public)
     options = parser.parse_args(argv)
     # Nothing is sent anywhere unless asked; read when gradio is imported
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -130,20 +118,12 @@ def main(argv=None):
         import gradio  # noqa: F401
     except ImportError:
         parser.error("gradio is missing; pip install -r tools/page-requirements.txt")
-    no_widgets()
     try:
-        talk = load(load_settings(options.preset))
-    except (FileNotFoundError, ValueError, OSError) as error:
+        page = build(load(load_settings(options.preset)))
+        where = {"server_name": "127.0.0.1", "server_port": options.port}
+        page.launch(**where, share=options.share, show_error=False)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    try:
-        build(talk).launch(
-            server_name="127.0.0.1",
-            server_port=options.port,
-            share=options.share,
-            show_error=False,
-        )
-    except OSError:
-        parser.error(f"port {options.port} is taken; name another with --port")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Models of random numbers, of three sizes, in full fine-tuning and in layout 2 of
 `more/7-Adapters.ipynb`, by the loop of notebook 3; each in a process of its own.
 Counted is what PyTorch allocates, by its profiler; beside it stands the most that the
-process held, Python and libraries included. `docs/peaks.json` has them beside what
-`layout_memory` works out. What stands there is not measured again.
+process held, Python and libraries included. They go to `docs/peaks.json`, and the tests
+compare them with `layout_memory`. What stands there is not measured again.
 """
 
 import argparse
@@ -12,19 +12,21 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from more import lora
+from more.common import write_text
+from more.memory import bytes_of, layout_memory
+from practice.cells import LOOP, import_cells
 from tools.real_run import run_measured
-from utils import lora
 from utils.models import RewardModel, freeze
 from utils.rollout import has_ended, normalise_scores
+from utils.runs import ROOT
 from utils.settings import FULL
-from utils.support.artefacts import write_text
-from utils.support.memory import bytes_of, layout_memory, peak_of
-from utils.support.notebook import LOOP, ROOT, import_cells
 from utils.training import seed_everything
 
 RESULTS = "docs/peaks.json"
@@ -55,24 +57,41 @@ SETTINGS = dataclasses.replace(
 )
 
 
+def peak_of(function: Callable) -> int:
+    """The most bytes that a call holds at once beside what was there, on the CPU.
+
+    Whatever PyTorch allocates, temporary or not, by its profiler.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        function()
+    events = [e for e in found.profiler.kineto_results.events() if e.nbytes()]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def build(config, layout: int) -> list:
+    """Random language models for policy, reference and reward model, in this layout."""
+    seed_everything(0)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    if layout == 0:
+        return [lm, *(AutoModelForCausalLM.from_config(config) for _ in range(2))]
+    for name in ("reward", "policy"):
+        lora.add_adapter(lm, name, RANK)
+    return [lora.sharing(lm, name) for name in ("policy", None, "reward")]
+
+
 def measure(config, settings, layout: int) -> dict:
     """The parts of the peak over a rollout and its update, in bytes.
 
     Activations are what there is beside weights, gradients and optimiser.
     """
-    seed_everything(0)
-    lm = AutoModelForCausalLM.from_config(config).eval()
+    policy, reference, judge = build(config, layout)
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
-    if layout == 2:
-        for name in ("reward", "policy"):
-            lora.add_adapter(lm, name, RANK)
-        trunk, reference = (lora.sharing(lm, name) for name in ("reward", None))
-        policy, trunk = lora.sharing(lm, "policy"), trunk.base_model
-    else:
-        policy = lm
-        reference = AutoModelForCausalLM.from_config(config)
-        trunk = AutoModelForCausalLM.from_config(config).base_model
-    reference, reward_model = freeze(reference), freeze(RewardModel(trunk))
+    reference, reward_model = freeze(reference), freeze(RewardModel(judge.base_model))
     names = {"lesson3": three}
     seven = import_cells("more/7-Adapters.ipynb", "fresh-adapter-run", names=names)
     run = seven["fresh_adapter_run"](policy, settings)
@@ -125,19 +144,17 @@ def main(argv=None):
         found[f"{size}, layout {layout}"] = {"measured": parts}
         write_text(path, json.dumps(found, indent=1) + "\n")
         return
-    for size, config in CONFIGS.items():
-        for layout in LAYOUTS:
-            if "process" in found.get(f"{size}, layout {layout}", {}):
-                continue
-            command = [sys.executable, "-m", "tools.peaks", "--one", size, str(layout)]
-            failed, spent = run_measured(command, dict(os.environ))
-            if failed:
-                sys.exit(f"{size} in layout {layout} failed, see above")
-            found = json.loads(path.read_text("utf8"))
-            one = found[f"{size}, layout {layout}"]
-            one["process"] = round(spent["peak_gib"] * 2**30)
-            one["worked out"] = worked_out(config, SETTINGS, layout)
-            write_text(path, json.dumps(found, indent=1) + "\n")
+    for size, layout in ((size, layout) for size in CONFIGS for layout in LAYOUTS):
+        name = f"{size}, layout {layout}"
+        if "process" in found.get(name, {}):
+            continue
+        command = [sys.executable, "-m", "tools.peaks", "--one", size, str(layout)]
+        failed, spent = run_measured(command, dict(os.environ))
+        if failed:
+            sys.exit(f"{name} failed, see above")
+        found = json.loads(path.read_text("utf8"))
+        found[name]["process"] = round(spent["peak_gib"] * 2**30)
+        write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,34 +7,41 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from utils.plots import plot_frontier, plot_ppo, plot_stages
+import torch
+
+from more.plots import plot_frontier
+from practice.cells import import_cells
+from tools.stages import plot_clipping, plot_kl_estimators, plot_stages
+from utils.plots import plot_ppo
+from utils.runs import NOTEBOOKS, ROOT
 from utils.settings import TINY
-from utils.support.notebook import NOTEBOOKS, ROOT, import_cells
 
 
 def plot_exact_world():
     """What PPO finds in the exact world, as in notebook 4, which is run for it."""
     cells = ("loop", "exact-world", "exact-objective", "train-exactly")
-    cells += ("exact-result", "exact-plot")
-    return import_cells(NOTEBOOKS["4"], *cells)["figure"]
+    return import_cells(NOTEBOOKS["4"], *cells, "exact-result", "exact-plot")["figure"]
 
 
 def main():
-    """Write docs/stages.png, exact-world.png; of a tiny run training.png, frontier.png.
+    """Write them all; training.png and frontier.png show a tiny run.
 
     Raises SystemExit if there is no tiny run.
     """
     found = {}
-    for name in ("metrics", "frontier"):
-        file = TINY.folder / f"{name}.json"
-        if not (ROOT / file).exists():
-            sys.exit(f"{file} is missing; run `python -m utils --only 1,2,3,6` first")
-        found[name] = json.loads((ROOT / file).read_text())
+    for file in ("policy/metrics.json", "frontier.json"):
+        path = ROOT / TINY.folder / file
+        if not path.exists():
+            sys.exit(f"{path} is missing; run `python -m utils --only 1,2,3,6` first")
+        found[file] = json.loads(path.read_text())
+    pi, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
     figures = {
         "stages": plot_stages(),
+        "kl-estimators": plot_kl_estimators(pi, ref),  # those of notebook 3
+        "clipping": plot_clipping(0.2),
         "exact-world": plot_exact_world(),
-        "training": plot_ppo(found["metrics"]["policy"]["history"]),
-        "frontier": plot_frontier(found["frontier"]),
+        "training": plot_ppo(found["policy/metrics.json"]["history"]),
+        "frontier": plot_frontier(found["frontier.json"]),
     }
     for name, figure in figures.items():
         figure.savefig(ROOT / "docs" / f"{name}.png", dpi=150)

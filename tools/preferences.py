@@ -7,25 +7,21 @@ the notebook's. It takes the SFT model and the reward model of `runs/tiny`, and 
 `docs/preferences.json`.
 """
 
-import argparse
-import dataclasses
 import json
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
-import torch
-
-from tools.race import MODELS, in_parallel, rounded, silent
+from more.common import notebook_3, write_text
+from more.preferences import agreement_with_labeller, split_by_prompt
+from practice import exact_world
+from practice.cells import LOOP, import_cells
+from tools.race import alone, by_seed, in_parallel, options_of, rounded
 from utils.models import freeze
-from utils.practice import exact_world
-from utils.preferences import agreement_with_labeller, split_by_prompt
+from utils.runs import NOTEBOOKS, ROOT, prepare
 from utils.settings import TINY
-from utils.support.artefacts import find_artefacts, write_text
-from utils.support.notebook import LOOP, ROOT, import_cells
-from utils.support.preflight import prepare
 
 RESULTS = "docs/preferences.json"
-LESSON = "more/5-Preferences.ipynb"
 SIZES, SEEDS = (50, 200, 1_000, 5_000), range(3)
 WORLDS = range(5)
 EXACT_BETAS, EXACT_BETA = (0.25, 0.5, 1.0), 0.5
@@ -40,21 +36,12 @@ FIGURES = ("exactly_positive", "exactly_grammatical", "kl", "reward", "distinct_
 
 def lesson() -> SimpleNamespace:
     """The functions of the lesson, with the models of notebook 3."""
-    torch.set_num_threads(1)
-    silent()
+    alone()
     settings, device = prepare("policy", TINY.preset)
-    names = {"settings": settings, "device": device}
-    cells = (*MODELS, *LOOP, "judges", "evaluate")
-    three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
-    names |= {"lesson3": three, "tokenizer": three.tokenizer, "eos_id": three.eos_id}
-    return SimpleNamespace(**import_cells(LESSON, *FUNCTIONS, names=names))
-
-
-def pairs_of(five, seed) -> tuple[list[dict], list[dict]]:
-    """Pairs to learn from and to measure on, sampled and labelled with this seed."""
-    pairs = five.sample_pairs(five.lesson3.reference, five.lesson3.train_prompts, seed)
-    train, test = split_by_prompt(five.label(pairs, seed), MEASURED_ON, seed)
-    return train[: SIZES[-1]], test
+    three = notebook_3(settings, device)
+    names = {"settings": settings, "device": device, "lesson3": three}
+    names |= {"tokenizer": three.tokenizer, "eos_id": three.eos_id}
+    return SimpleNamespace(**import_cells(NOTEBOOKS["5"], *FUNCTIONS, names=names))
 
 
 def curve(seed) -> dict:
@@ -63,7 +50,9 @@ def curve(seed) -> dict:
     And the figures of PPO on the reward model that learnt from the most.
     """
     five = lesson()
-    train, test = pairs_of(five, seed)
+    three = five.lesson3
+    pairs = five.sample_pairs(three.reference, three.train_prompts, seed)
+    train, test = split_by_prompt(five.label(pairs, seed), MEASURED_ON, seed)
     texts = five.both_texts(test)
     utilities = five.utility(texts).view(-1, 2)
 
@@ -71,38 +60,36 @@ def curve(seed) -> dict:
         scores = five.score_texts(model, texts).view(-1, 2)
         return agreement_with_labeller(utilities, scores)
 
-    labels, ceiling = agreement(five.lesson3.reward_model)
+    labels, ceiling = agreement(three.reward_model)
     found = {"labels": labels, "ceiling": ceiling, "agreement": {}}
     for size in SIZES:
         model, _ = five.train_on_pairs(train[:size], seed)
         found["agreement"][str(size)] = agreement(model)[0]
-    own = dataclasses.replace(five.settings, seed=seed)
-    run = five.ppo_on(freeze(model), own)
-    figures, _ = five.lesson3.evaluate(run.policy, show_progress=False)
+    run = five.ppo_on(freeze(model), replace(five.settings, seed=seed))
+    figures, _ = three.evaluate(run.policy, show_progress=False)
     return {**found, "ppo": {name: figures[name] for name in FIGURES}}
 
 
 def exact(seed) -> dict[str, dict[str, float]]:
     """What DPO reaches in an exact world, and PPO with as many responses: by price."""
-    torch.set_num_threads(1)
-    silent()
-    five = SimpleNamespace(**import_cells(LESSON, "exact-pairs", "exact-some-pairs"))
-    three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
+    alone()
+    cells = ("exact-pairs", "exact-some-pairs")
+    five = SimpleNamespace(**import_cells(NOTEBOOKS["5"], *cells))
+    three = SimpleNamespace(**import_cells(NOTEBOOKS["3"], *LOOP))
     names = {"lesson3": three, "exact_world": exact_world}
-    four = import_cells("more/4-Estimators.ipynb", "train-exactly", names=names)
-    found = defaultdict(dict)
-    world = exact_world.ExactWorld(seed)
+    four = import_cells(NOTEBOOKS["4"], "train-exactly", names=names)
+    found, world = defaultdict(dict), exact_world.ExactWorld(seed)
     for beta in EXACT_BETAS:
         lm = five.train_exact_dpo(world, *five.every_pair(world), beta)
         found["DPO, all pairs"][str(beta)] = world.reached(lm, beta)
     for n, episodes, size in SAMPLED:
-        pairs, name = five.some_pairs(world, n, seed), f"DPO, {n:,} pairs"
+        pairs = five.some_pairs(world, n, seed)
         lm = five.train_exact_dpo(world, *pairs, EXACT_BETA)
-        found[name][str(EXACT_BETA)] = world.reached(lm, EXACT_BETA)
+        found[f"DPO, {n:,} pairs"][str(EXACT_BETA)] = world.reached(lm, EXACT_BETA)
         own = {"ppo_episodes": episodes, "ppo_rollout_size": size}
-        policy = four["train_exactly"](world, EXACT_BETA, three.ppo_advantages, **own)
+        lm = four["train_exactly"](world, EXACT_BETA, three.ppo_advantages, **own).lm
         name = f"PPO, {episodes:,} responses"
-        found[name][str(EXACT_BETA)] = world.reached(policy.lm, EXACT_BETA)
+        found[name][str(EXACT_BETA)] = world.reached(lm, EXACT_BETA)
     return dict(found)
 
 
@@ -111,32 +98,17 @@ STAGES = {"exact": (exact, WORLDS), "curve": (curve, SEEDS)}
 
 def main(argv=None):
     """Run the stages that are asked for, and write what each measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.preferences",
-        description="Learn from pairs in the tiny world, with and without a model.",
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
-    parser.add_argument("--only", choices=STAGES, help="one stage; the others stay")
-    options = parser.parse_args(argv)
-    if options.jobs < 1:
-        parser.error(f"one run at once is the least, got --jobs {options.jobs}")
-    find_artefacts(TINY, "sft", "reward_model")
+    description = "Learn from pairs in the tiny world, with and without a model."
+    only = {"choices": STAGES, "help": "one stage; the others stay"}
+    options = options_of(argv, "preferences", description, only=only)
     path = ROOT / RESULTS
     results = json.loads(path.read_text("utf8")) if path.exists() else {}
     for name in [options.only] if options.only else STAGES:
         run, seeds = STAGES[name]
-        tasks = {seed: (run, seed) for seed in seeds}
-        found = list(in_parallel(options.jobs, name, tasks).values())
-        results[name] = rounded(by_seed(found))
+        found = in_parallel(options.jobs, name, {seed: (run, seed) for seed in seeds})
+        results[name] = rounded(by_seed(list(found.values())))
         write_text(path, json.dumps(results) + "\n")
         print(f"{RESULTS}: {name}")
-
-
-def by_seed(results: list):
-    """Of the same nested dictionaries for each seed, one with a list over the seeds."""
-    if not isinstance(results[0], dict):
-        return results
-    return {name: by_seed([one[name] for one in results]) for name in results[0]}
 
 
 if __name__ == "__main__":

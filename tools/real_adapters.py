@@ -13,44 +13,49 @@ is in 4 bits is measured, too (bitsandbytes has to be installed).
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
 
+from more.common import write_text
+from more.lora import (
+    WEIGHTS,
+    adapter_checks,
+    load_adapter,
+    load_in_4_bits,
+    save_adapter,
+)
+from more.memory import bytes_of
+from practice.cells import LOOP, import_cells
+from tools import real_run
 from tools.race import rounded
 from tools.real_run import FOLDER, RUNS, run_measured
 from utils.data import load_reviews, load_tokenizer, pad, tokenize
-from utils.lora import load_adapter, save_adapter
-from utils.models import (
-    PolicyWithValueHead,
-    freeze,
-    load_causal_lm,
-    load_in_4_bits,
-)
-from utils.settings import FULL, Settings, parse_field
-from utils.support.artefacts import write_text
-from utils.support.checkpoint import Checkpoint
-from utils.support.memory import bytes_of
-from utils.support.notebook import LOOP, ROOT, import_cells
-from utils.support.preflight import preflight, prepare
+from utils.models import PolicyWithValueHead, freeze, load_causal_lm
+from utils.runs import ROOT, Checkpoint, prepare
+from utils.settings import FULL, Settings
 from utils.training import seed_everything
 
 RESULTS = FOLDER / "adapters.json"
 OURS = Path("runs/real-adapters")
 LESSON = "more/7-Adapters.ipynb"
 BUILD = ("reward-adapter", "reward-on", "build", "fresh-adapter-run")
-START = ("prompts", "prompts-of", "score", "score-function", *LOOP)
+START = ("prompts", "prompts-of", "batch", "score", "score-function", *LOOP)
 ON_THE_BASE = "on-the-sft-model"  # what notebook 7 calls the reward adapter of layout 2
 RANK = 16  # of the policy's adapter
 TEXTS = 64  # on which a model in 4 bits is compared
 # Ten times full fine-tuning's; notebook 7 takes three times rm_lr
 RATES = {"rm_lr": 10 / 3 * FULL.rm_lr, "ppo_lr": 10 * FULL.ppo_lr}
+
+
+def read(path):
+    """What a JSON file of a run holds."""
+    return json.loads((ROOT / path).read_text("utf8"))
 
 
 def lesson7(ours: Settings, device, lesson3) -> SimpleNamespace:
@@ -64,61 +69,51 @@ def train_reward(theirs: Settings, ours: Settings, device):
     seven = lesson7(ours, device, None)
     place = seven.ADAPTERS / ON_THE_BASE
     accuracy = seven.train_reward_adapter(str(theirs.folder / "sft"), place)
-    metrics = json.loads((theirs.folder / "reward_model/metrics.json").read_text())
-    known = {key: metrics[key] for key in ("baseline", "validation_rows")}
+    whole = read(theirs.folder / "reward_model/metrics.json")
+    known = {key: whole[key] for key in ("baseline", "validation_rows")}
     metrics = {**known, "after": {"accuracy": accuracy}}
     write_text(place / "metrics.json", json.dumps(metrics))
 
 
-def train_checked(three, run, settings, advantages, reward_folder, code=()):
-    """PPO with notebook 3's cells: after its preflight, and saved between rollouts.
-
-    Raises ValueError if `three.prompts_of` is that of other settings: the rollouts
-    would be longer or shorter than these say.
-    """
-    models, rest = (three.reference, three.score), (three.eos_id, settings)
-    first = three.prompts_of(0)
-    if len(first) != settings.ppo_rollout_size:
-        raise ValueError(
-            f"prompts_of gives {len(first)} prompts, but ppo_rollout_size is "
-            f"{settings.ppo_rollout_size}; run its cell with these settings"
-        )
-    few = first[: settings.ppo_micro_batch_size]
-    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
-    run.generator.manual_seed(settings.seed)  # as notebook 3 does
-    checked = (run.policy, three.reference, three.reward_model, run.optimizer, trial)
-    preflight(*checked, three.tokenizer, settings, three.sft_responses, reward_folder)
-
-    how = (advantages, three.ppo_update)
-    inputs = {"reference": three.reference, "reward model": three.reward_model}
-    checkpoint = Checkpoint(run, settings, (*code, *how), inputs)
-    checkpoint.restore()
-
-    def pause(step):
-        checkpoint.save()
-
-    three.train(run, *models, three.prompts_of, *rest, *how, pause)
-
-
 def train_policy(theirs: Settings, ours: Settings, device):
-    """A policy adapter by PPO, with nothing in memory but one base and two adapters."""
+    """A policy adapter by PPO, with nothing in memory but one base and two adapters.
+
+    After notebook 3's look at whether there is anything to learn, and saved now and
+    then.
+    """
     sft_folder = str(theirs.folder / "sft")
-    tokenizer, three = load_tokenizer(sft_folder), SimpleNamespace()
-    three.sft_folder = sft_folder
+    three = SimpleNamespace(sft_folder=sft_folder)
     seven = lesson7(ours, device, three)
     seed_everything(ours.seed)
     policy, reference, reward_model, _ = seven.build(2, RANK)
-    names = {"settings": ours, "device": device, "tokenizer": tokenizer}
+    names = {
+        "settings": ours,
+        "device": device,
+        "tokenizer": load_tokenizer(sft_folder),
+    }
     names |= {"reference": reference, "reward_model": reward_model}
-    vars(three).update(names | import_cells("3-RLHF.ipynb", *START, names=names))
+    vars(three).update(import_cells("3-RLHF.ipynb", *START, names=names))
+    run, rest = seven.fresh_adapter_run(policy, ours), (three.eos_id, ours)
 
-    run = seven.fresh_adapter_run(policy, ours)
-    train_checked(three, run, ours, three.ppo_advantages, seven.ADAPTERS / ON_THE_BASE)
+    few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
+    models = (reference, three.score)
+    trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
+    run.generator.manual_seed(ours.seed)  # as notebook 3 does
+    checks = adapter_checks(run.policy, reference, reward_model, trial, ours)
+    names = {"taken_for_granted": checks, "reward_folder": seven.ADAPTERS / ON_THE_BASE}
+    import_cells("3-RLHF.ipynb", "preflight-learn", names=vars(three) | names)
+
+    how = (three.ppo_advantages, three.ppo_update)
+    code = (seven.fresh_adapter_run, three.prompts_of, three.score, three.train, *how)
+    inputs = (reference, reward_model, three.train_prompts)
+    checkpoint = Checkpoint(run, ours, code, inputs, every=2)
+    checkpoint.restore()
+    models = (reference, three.score, three.prompts_of)
+    three.train(run, *models, *rest, *how, pause=lambda step: checkpoint.save())
+
     save_adapter(run.policy.lm, "policy", seven.ADAPTERS / "policy")
-    head = run.policy.value_head.state_dict()
-    save_file(head, seven.ADAPTERS / "policy/value_head.safetensors")
-    now = reference.state_dict().items()
     saved = load_causal_lm(sft_folder).state_dict()
+    now = reference.state_dict().items()
     moved = sum(not torch.equal(weight.cpu(), saved[name]) for name, weight in now)
     metrics = {"ppo_seconds": run.seconds, "moved": moved, "history": run.history}
     write_text(seven.ADAPTERS / "policy/metrics.json", json.dumps(metrics))
@@ -129,13 +124,13 @@ def judge(theirs: Settings, ours: Settings, device):
     names = {"settings": theirs, "device": device}
     cells = ("load", *START, "judges", "evaluate")
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *cells, names=names))
-    folder = ours.folder / "adapters/policy"
-    lm = load_causal_lm(three.sft_folder, device)
+    folder, lm = (
+        ours.folder / "adapters/policy",
+        load_causal_lm(three.sft_folder, device),
+    )
+    models = {"before": three.reference, "after": load_adapter(lm, "policy", folder)}
     found = {}
-    for when, model in (
-        ("before", three.reference),
-        ("after", load_adapter(lm, "policy", folder)),
-    ):
+    for when, model in models.items():
         figures, _ = three.evaluate(freeze(PolicyWithValueHead(model).to(device)))
         objective = figures["score"] - theirs.kl_coef * figures["kl"]
         found[when] = {**figures, "objective": objective}
@@ -157,8 +152,8 @@ def four_bits(theirs: Settings, ours: Settings, device):
         logprobs.append(logits.log_softmax(dim=-1))
         loss = -logprobs[-1].gather(1, ids[:, 1:][real][:, None]).mean().item()
         found[way] = {"bytes": bytes_of(_tensors_of(lm)), "loss": loss}
-    exact, rounded = logprobs
-    found["kl"] = (exact.exp() * (exact - rounded)).sum(dim=1).mean().item()
+    exact, in_bits = logprobs
+    found["kl"] = (exact.exp() * (exact - in_bits)).sum(dim=1).mean().item()
     found["next words"] = len(exact)
     ours.folder.mkdir(parents=True, exist_ok=True)
     write_text(ours.folder / "four_bits.json", json.dumps(found))
@@ -178,62 +173,51 @@ STAGES = {"reward": train_reward, "policy": train_policy, "judge": judge}
 ALONE = {"four-bits": four_bits}  # only where it is asked for: it needs bitsandbytes
 
 
-def settings_of(seed: int, changes: dict) -> tuple[Settings, Settings]:
-    """Those of full fine-tuning, and ours, with these changes by name.
+def settings_of(seed: int, changes: list[str]) -> tuple[Settings, Settings]:
+    """Those of full fine-tuning, and ours, with these changes (FIELD=VALUE).
 
     Raises FileNotFoundError if `tools.real_run` has not run this seed.
     """
     cost = RUNS / str(seed) / FULL.preset / "policy-cost.json"
     if not (ROOT / cost).exists():
         raise FileNotFoundError(f"there is no {cost}; run python -m tools.real_run")
-    pairs = [
-        x.partition("=")[::2] for x in json.loads((ROOT / cost).read_text())["changes"]
-    ]
-    made_with = {name: parse_field(name, text) for name, text in pairs}
-    made_with |= {"seed": seed, "runs_dir": str(RUNS / str(seed))}
-    theirs = dataclasses.replace(FULL, **made_with)
-    own = {**RATES, "runs_dir": str(OURS / str(seed)), "checkpoint_every": 2}
-    return theirs, dataclasses.replace(theirs, **(own | changes))
+    theirs = [*read(cost)["changes"], f"seed={seed}"]
+    rates = [f"{name}={rate}" for name, rate in RATES.items()]
+    ours = [*theirs, *rates, f"runs_dir={OURS / str(seed)}", *changes]
+    theirs.append(f"runs_dir={RUNS / str(seed)}")
+    return real_run.settings_of(theirs), real_run.settings_of(ours)
 
 
 def collect(theirs: Settings, ours: Settings, changes: list[str]) -> dict:
     """What was measured, beside full fine-tuning of the same model."""
-    place, costs = ours.folder / "adapters", {}
-    for stage in STAGES:
-        costs[stage] = json.loads(
-            (ROOT / ours.folder / f"{stage}-cost.json").read_text()
-        )
-    policy = json.loads((ROOT / place / "policy/metrics.json").read_text())
-    reward = json.loads((ROOT / place / ON_THE_BASE / "metrics.json").read_text())
-    full = {}
-    for artefact in ("reward_model", "policy"):
-        full[artefact] = json.loads(
-            (ROOT / theirs.folder / artefact / "metrics.json").read_text()
-        )
-    cost = json.loads((ROOT / theirs.folder / "policy-cost.json").read_text())
-    rounded, file = ROOT / ours.folder / "four_bits.json", "adapter_model.safetensors"
+    place, bits = ours.folder / "adapters", ours.folder / "four_bits.json"
+    mine, full = (read(x / "policy/metrics.json") for x in (place, theirs.folder))
+    reward, whole = place / ON_THE_BASE, theirs.folder / "reward_model"
+    accuracy, full_accuracy = (
+        read(x / "metrics.json")["after"]["accuracy"] for x in (reward, whole)
+    )
     return {
         "seed": theirs.seed,
         "changes": changes,
         "rank": RANK,
-        "episodes": len(policy["history"]) * ours.ppo_rollout_size,
+        "episodes": len(mine["history"]) * ours.ppo_rollout_size,
         "rates": {name: getattr(ours, name) for name in RATES},
-        "cost": costs,
-        "ppo_seconds": policy["ppo_seconds"],
-        "moved": policy["moved"],
-        "adapter_bytes": (ROOT / place / "policy" / file).stat().st_size,
-        "accuracy": reward["after"]["accuracy"],
-        **json.loads((ROOT / place / "policy/figures.json").read_text()),
-        "history": _curves(policy["history"]),
-        "four_bits": json.loads(rounded.read_text()) if rounded.exists() else {},
+        "cost": {stage: read(ours.folder / f"{stage}-cost.json") for stage in STAGES},
+        "ppo_seconds": mine["ppo_seconds"],
+        "moved": mine["moved"],
+        "adapter_bytes": (ROOT / place / "policy" / WEIGHTS).stat().st_size,
+        "accuracy": accuracy,
+        **read(place / "policy/figures.json"),
+        "history": _curves(mine["history"]),
+        "four_bits": read(bits) if (ROOT / bits).exists() else {},
         "full": {
-            "episodes": len(full["policy"]["history"]) * theirs.ppo_rollout_size,
-            "peak_gib": cost["peak_gib"],
-            "ppo_seconds": full["policy"]["seconds"],
-            "accuracy": full["reward_model"]["after"]["accuracy"],
-            "before": full["policy"]["before"],
-            "after": full["policy"]["after"],
-            "history": _curves(full["policy"]["history"]),
+            "episodes": len(full["history"]) * theirs.ppo_rollout_size,
+            "peak_gib": read(theirs.folder / "policy-cost.json")["peak_gib"],
+            "ppo_seconds": full["seconds"],
+            "accuracy": full_accuracy,
+            "before": full["before"],
+            "after": full["after"],
+            "history": _curves(full["history"]),
         },
     }
 
@@ -256,16 +240,13 @@ def main(argv=None):
     parser.add_argument("--stage", choices=STAGES | ALONE, help="this one only, here")
     options = parser.parse_args(argv)
     try:
-        pairs = [change.partition("=")[::2] for change in options.changes]
-        changes = {name: parse_field(name, text) for name, text in pairs}
-        theirs, ours = settings_of(options.seed, changes)
-    except (ValueError, FileNotFoundError) as error:
+        theirs, ours = settings_of(options.seed, options.changes)
+    except FileNotFoundError as error:
         parser.error(str(error))
     if options.stage:
         torch.set_num_threads(options.threads)
-        given = dataclasses.asdict(theirs)
-        preset = given.pop("preset")
-        _, device = prepare("policy", preset, given)
+        given = asdict(theirs)
+        _, device = prepare("policy", given.pop("preset"), given)
         (STAGES | ALONE)[options.stage](theirs, ours, device)
         return
     for stage in STAGES:

@@ -90,7 +90,7 @@ def main(argv=None):
     weights = folder / "model.safetensors"
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
     print(f"{weights}: {weights.stat().st_size:,} bytes, SHA-256 {checksum}")
-    print(f"now: RLHF_MODEL_NAME={folder} python -m utils --preset full")
+    print(f"now: python -m utils --preset full --set model_name={folder}")
 
 
 if __name__ == "__main__":

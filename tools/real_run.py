@@ -8,26 +8,25 @@ With `HF_HUB_OFFLINE` or `HF_ENDPOINT` set, the data set comes from there.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import torch
 
+from utils.__main__ import parse
 from utils.evaluation import FIGURES
-from utils.settings import FULL, Settings, parse_field
-from utils.support.artefacts import STAGES, notebook_of, write_text
-from utils.support.notebook import NOTEBOOKS, ROOT
-from utils.support.run import EARLIER_FIGURES
+from utils.runs import NOTEBOOKS, ROOT, STAGES
+from utils.settings import FULL, Settings
 
 FOLDER, RUNS = Path("docs/real-run"), Path("runs/real-run")
+NUMBERS = dict(zip(STAGES, "123", strict=True))  # of the notebooks that make them
 LOCAL_LINK = re.compile(r"\]\((?!https?:|#)")
 OUTPUTS = re.compile(r"^\*The outputs on this page .*\*$", re.M)
 PAGE = """# What a real model's run looks like
@@ -50,7 +49,7 @@ What more phrases are worth: the first seed's reward model has an accuracy of {}
 """
 
 
-def run_measured(command: list[str], environment: dict) -> tuple[int, dict]:
+def run_measured(command: list[str], environment=None) -> tuple[int, dict]:
     """Its exit status, and what it took: seconds of the processors, memory [GiB].
 
     Not those of the clock, which also counts what else the machine was doing.
@@ -60,55 +59,46 @@ def run_measured(command: list[str], environment: dict) -> tuple[int, dict]:
     started.returncode = os.waitstatus_to_exitcode(status)
     seconds = usage.ru_utime + usage.ru_stime
     # of the largest process among its own, in KiB on Linux
-    return started.returncode, {
-        "seconds": seconds,
-        "peak_gib": usage.ru_maxrss / 2**20,
-    }
+    spent = {"seconds": seconds, "peak_gib": usage.ru_maxrss / 2**20}
+    return started.returncode, spent
 
 
-def run_notebook(
-    artefact: str, seed: int, changes: list[str], threads: int = 0, name: str = ""
-):
-    """Run the notebook that makes an artefact, unless it is there with its cost.
+def measured(stage: str, name: str, seed: int, changes: list[str]) -> tuple[dict, dict]:
+    """The metrics of an artefact in the folder of this name, and what it took.
 
-    On so many threads; 0: as many as there are. In a folder of this name, or the
-    seed's.
-
-    Raises SystemExit if it failed, or if it is there with other changes.
+    Its notebook is run unless both are there. Raises SystemExit if that failed, or if
+    they are there with other changes.
     """
-    runs = RUNS / (name or str(seed))
-    made = ROOT / runs / FULL.preset / artefact
-    cost = made.with_name(f"{artefact}-cost.json")
-    if cost.exists() and (made / "metrics.json").exists():
-        then = json.loads(cost.read_text())["changes"]
-        if then != changes:
-            sys.exit(f"{made} was made with {then}; delete {RUNS} to measure {changes}")
-        return
-    sets = [f"runs_dir={runs}", f"seed={seed}", *changes]
-    command = [sys.executable, "-m", "utils", "--preset", FULL.preset]
-    command += ["--only", notebook_of(artefact)]
-    command += [word for one in sets for word in ("--set", one)]
-    ours = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    failed, spent = run_measured(command, {**os.environ, **ours})
-    if failed:
-        sys.exit(f"seed {seed} stopped in notebook {notebook_of(artefact)}, see above")
-    write_text(cost, json.dumps({**spent, "changes": changes}))
+    made = ROOT / RUNS / name / FULL.preset / stage
+    metrics, cost = made / "metrics.json", made.with_name(f"{stage}-cost.json")
+    if not (cost.exists() and metrics.exists()):
+        command = [sys.executable, "-m", "utils", "--preset", FULL.preset]
+        command += ["--only", NUMBERS[stage]]
+        for change in (f"runs_dir={RUNS / name}", f"seed={seed}", *changes):
+            command += ["--set", change]
+        failed, spent = run_measured(command)
+        if failed:
+            sys.exit(f"seed {seed} stopped in notebook {NUMBERS[stage]}, see above")
+        cost.write_text(json.dumps({**spent, "changes": changes}))
+    spent = json.loads(cost.read_text())
+    if spent["changes"] != changes:
+        then = spent["changes"]
+        sys.exit(f"{made} was made with {then}; delete {RUNS} to measure {changes}")
+    return json.loads(metrics.read_text()), spent
 
 
 def collect(seeds: list[int], changes: list[str], settings: Settings) -> dict:
-    """What the runs of these seeds measured, each figure as a list over the seeds."""
+    """What the runs of these seeds measure, each figure as a list over the seeds."""
     minibatches = settings.ppo_rollout_size // settings.ppo_minibatch_size
     steps = settings.ppo_epochs * minibatches  # of an update that did not end early
-    folders = [ROOT / RUNS / str(seed) / FULL.preset for seed in seeds]
     figures, seconds, peaks, first, early = {}, {}, [], [], []
-    for folder in folders:
-        for artefact in STAGES:
-            metrics = json.loads((folder / artefact / "metrics.json").read_text())
+    for seed in seeds:
+        for stage in STAGES:
+            metrics, cost = measured(stage, str(seed), seed, changes)
             for when in ("before", "after"):
                 for name, value in metrics.get(when, {}).items():
                     figures.setdefault(name, {}).setdefault(when, []).append(value)
-            cost = json.loads((folder / f"{artefact}-cost.json").read_text())
-            seconds.setdefault(artefact, []).append(round(cost["seconds"]))
+            seconds.setdefault(stage, []).append(round(cost["seconds"]))
             peaks.append(cost["peak_gib"])
         history = metrics["history"]  # of PPO, the last one
         first.append(history[0]["approx_kl"])
@@ -127,22 +117,20 @@ def collect(seeds: list[int], changes: list[str], settings: Settings) -> dict:
     }
 
 
-def learning_curve(rows: list[int], seed: int, changes: list[str], threads: int = 0):
-    """The reward model's accuracy by the number of phrases that it learnt from."""
+def learning_curve(rows: list[str], seed: int, changes: list[str]) -> dict:
+    """The reward model's accuracy by the number of phrases that it learns from."""
     found = {}
     for n in rows:
         own = [one for one in changes if not one.startswith("train_rows=")]
-        own, name = [*own, f"train_rows={n}"], f"{seed}-{n}"
-        run_notebook("reward_model", seed, own, threads, name)
-        folder = ROOT / RUNS / name / FULL.preset / "reward_model"
-        metrics = json.loads((folder / "metrics.json").read_text())
-        found[str(n)] = metrics["after"]["accuracy"]
+        own = [*own, f"train_rows={n}"]
+        metrics, _ = measured("reward_model", f"{seed}-{n}", seed, own)
+        found[n] = metrics["after"]["accuracy"]
     return found
 
 
 def mean(values: list[float], spec: str) -> str:
     """The mean over the seeds."""
-    return format(sum(values) / len(values), spec)
+    return format(statistics.fmean(values), spec)
 
 
 def spread(values: list[float], spec: str) -> str:
@@ -164,7 +152,7 @@ def command_of(found: dict) -> str:
 def page(found: dict) -> str:
     """What `collect` found, as a page of Markdown."""
     lines = ["| | before | after |", "|---|---:|---:|"]
-    for name, (description, spec) in {**EARLIER_FIGURES, **FIGURES}.items():
+    for name, (description, spec) in FIGURES.items():
         if each := found["figures"].get(name):
             old = spread(each["before"], spec) if "before" in each else ""
             lines.append(f"| {description} | {old} | {spread(each['after'], spec)} |")
@@ -172,7 +160,7 @@ def page(found: dict) -> str:
         f"{share:.1%} from {f'{int(n):,}' if int(n) else 'all'}"
         for n, share in found["curve"].items()
     ]
-    times = [f"{spread(found['seconds'][a], ',.0f')} for {a}" for a in STAGES]
+    times = [f"{spread(found['seconds'][x], ',.0f')} for {x}" for x in STAGES]
     return PAGE.format(
         table="\n".join(lines),
         seeds=len(found["seeds"]),
@@ -202,66 +190,46 @@ def as_shown(notebook, command: str):
     return notebook
 
 
+def settings_of(changes: list[str]) -> Settings:
+    """The settings of a run with these changes, as `python -m utils` checks them."""
+    sets = [word for change in changes for word in ("--set", change)]
+    made, _ = parse(["--preset", FULL.preset, "--only", "1", *sets])
+    ((_, settings),) = made.values()
+    return settings
+
+
 def main(argv=None):
     """Run what is missing, and write what was measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.real_run",
-        description="Run the preset full on a real model, over several seeds.",
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.real_run")
     parser.add_argument("model", help="a folder, or a name on the hub")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 42 on")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="seeds at once, which share the cores"
-    )
-    parser.add_argument(
-        "--curve",
-        default="",
-        metavar="ROWS,...",
-        help="train the first seed's reward model on so many phrases, too",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes"
-    )
+    how = {"default": "", "metavar": "ROWS,..."}
+    how["help"] = "train the first seed's reward model on so many phrases, too"
+    parser.add_argument("--curve", **how)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"a run takes one seed at least, got --seeds {options.seeds}")
-    if options.jobs < 1:
-        parser.error(f"one seed at once is the least, got --jobs {options.jobs}")
-    changes = [f"model_name={options.model}", *options.changes]
-    try:
-        curve = [
-            parse_field("train_rows", n) for n in filter(None, options.curve.split(","))
-        ]
-        for n in curve:
-            dataclasses.replace(FULL, train_rows=n)
-        pairs = [change.partition("=")[::2] for change in changes]
-        given = {field: parse_field(field, value) for field, value in pairs}
-        if own := {"seed", "runs_dir"} & set(given):
-            raise ValueError(
-                f"--set cannot change {own.pop()}, which this command sets"
-            )
-        settings = dataclasses.replace(FULL, **given)
-    except ValueError as error:
-        parser.error(str(error))
+    changes = [f"model_name={options.model}", *options.set]
+    curve = list(filter(None, options.curve.split(",")))
+    for n in curve:
+        settings_of([f"train_rows={n}"])
+    settings = settings_of(changes)
+    fields = {change.partition("=")[0] for change in changes}
+    if own := {"seed", "runs_dir"} & fields:
+        parser.error(f"--set cannot change {own.pop()}, which this command sets")
     seeds = [FULL.seed + i for i in range(options.seeds)]
-    threads = max(1, os.cpu_count() // options.jobs) if options.jobs > 1 else 0
-
-    def run_seed(seed):
-        for artefact in STAGES:
-            run_notebook(artefact, seed, changes, threads)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run_seed, seeds))
-    (ROOT / FOLDER).mkdir(parents=True, exist_ok=True)
     found = collect(seeds, changes, settings)
-    found["curve"] = learning_curve(curve, seeds[0], changes, threads)
-    write_text(ROOT / FOLDER / "results.json", json.dumps(found, indent=2) + "\n")
-    write_text(ROOT / FOLDER / "README.md", page(found))
-    for name in map(notebook_of, STAGES):
-        executed = ROOT / RUNS / str(seeds[0]) / FULL.preset / NOTEBOOKS[name]
+    found["curve"] = learning_curve(curve, seeds[0], changes)
+    folder = ROOT / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "README.md").write_text(page(found), "utf8")
+    for number in NUMBERS.values():
+        name = NOTEBOOKS[number]
+        executed = ROOT / RUNS / str(seeds[0]) / FULL.preset / name
         notebook = as_shown(nbformat.read(executed, 4), command_of(found))
-        text = nbformat.writes(notebook) + "\n"
-        write_text(ROOT / FOLDER / NOTEBOOKS[name], text)
+        (folder / name).write_text(nbformat.writes(notebook) + "\n", "utf8")
     print(f"{FOLDER}: README.md, results.json, and the notebooks of seed {seeds[0]}")
 
 

@@ -23,7 +23,6 @@ TIMEOUT = 15  # seconds; the endless loop is cut off then
 ENVIRON = {
     **{k: v for k, v in os.environ.items() if not k.startswith("RLHF_")},
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    "PYTHONPATH": str(ROOT),
     "CUDA_VISIBLE_DEVICES": "",
     "MPLBACKEND": "agg",
     "OMP_NUM_THREADS": "1",
@@ -147,8 +146,12 @@ def submissions(folder):
 
 @pytest.fixture(scope="session")
 def course(tmp_path_factory):
-    """An empty course with the sources, released."""
-    folder = tmp_path_factory.mktemp("course")
+    """An empty course with the sources, released, in what looks like the repository."""
+    repository = tmp_path_factory.mktemp("repository")
+    for part in ROOT.iterdir():
+        if part.name not in ("runs", ".git"):
+            (repository / part.name).symlink_to(part)
+    folder = repository / "course"
     shutil.copytree(COURSE / "source", folder / "source")
     shutil.copy(COURSE / "nbgrader_config.py", folder)
     release(folder)

@@ -1,0 +1,474 @@
+"""Low-rank adapters by hand: LoRA (Hu et al. 2021, arXiv 2106.09685).
+
+A frozen layer W x gets a small trainable neighbour of rank r beside it:
+
+    W x + s B A x        A (r, in), B (out, r), s = alpha / r
+
+B starts at 0, so a fresh adapter changes nothing at all. A model may hold several
+adapters by name, of which one or none is on. The files are those of PEFT.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from utils.models import freeze, read_model
+from utils.ppo import token_logprobs
+from utils.rollout import in_pieces, response_logprobs
+from utils.training import autocast
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every key in PEFT's file
+# Of PEFT's configuration: what is read, or says no more than the tensors do. A number
+# changes nothing without a switch; all else must be off, or as it is here
+READ = {"use_rslora", "task_type", "base_model_name_or_path", "revision"}
+READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+READ |= {"fan_in_fan_out", "inference_mode", "peft_version", "auto_mapping"}
+PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+PLAIN |= {"megatron_core": "megatron.core"}
+
+
+class Adapter(nn.Module):
+    """One low-rank neighbour: x (..., in) -> s B A x (..., out)."""
+
+    def __init__(self, size_in: int, size_out: int, rank: int, scale: float, like):
+        super().__init__()
+        options = {"device": like.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(size_in, rank, bias=False, **options)
+        self.lora_B = nn.Linear(rank, size_out, bias=False, **options)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.rank, self.scale = rank, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """s B A x, in the adapter's own precision unless autocast has another."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.weight.dtype)
+        # The scale where it is cheap: r numbers instead of out
+        return self.lora_B(self.scale * self.lora_A(x))
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer with adapters beside it, of which at most one is on."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.adapters, self.on = base, nn.ModuleDict(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x, and s B A x of the adapter that is on."""
+        out = self.base(x)
+        if self.on is None:
+            return out
+        return out + self.adapters[self.on](x).to(out.dtype)
+
+
+def _stores_transposed(layer) -> bool:
+    """`Conv1D` has its weight as (in, out), `nn.Linear` as (out, in)."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def adapted_layer(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> nn.Module:
+    """A layer W x that gives W x + (alpha / r) B A x, for A (r, in) and B (out, r).
+
+    `layer` is an `nn.Linear` or GPT-2's `Conv1D`, and stays as it is. What
+    `add_adapter` does to each layer, with matrices of one's own.
+    """
+    (rank, size_in), size_out = A.shape, B.shape[0]
+    adapter = Adapter(size_in, size_out, rank, alpha / rank, layer.weight)
+    adapter.lora_A.weight, adapter.lora_B.weight = nn.Parameter(A), nn.Parameter(B)
+    adapted = AdaptedLayer(layer)
+    adapted.adapters["own"], adapted.on = adapter, "own"
+    return adapted
+
+
+def merged_weight(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """W + (alpha / r) B A as the layer stores it: (out, in), or `Conv1D`'s (in, out).
+
+    Added up in float32 at least, and rounded to the weight's type.
+    """
+    weight = layer.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        update = alpha / len(A) * (B.to(dtype) @ A.to(dtype))
+    if _stores_transposed(layer):
+        update = update.t()
+    return (weight.to(dtype) + update).to(weight.dtype)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, which may hold its weight in 4 bits."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)
+
+
+def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
+    """A language model's linear layers but for the projection to the vocabulary."""
+    return {
+        name.removesuffix(".base"): layer
+        for name, layer in lm.named_modules()
+        if (isinstance(layer, nn.Linear) or _stores_transposed(layer))
+        and layer is not lm.get_output_embeddings()
+        and ".adapters." not in name
+    }
+
+
+def _adapted(model) -> dict[str, AdaptedLayer]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    rank: int = 8,
+    alpha: float = 16,
+    targets: Iterable[str] | None = None,
+) -> nn.Module:
+    """Freeze the model, and put a fresh adapter beside its linear layers; it is on.
+
+    `targets` are ends of layers' names, such as "c_attn"; without them it is every
+    linear layer but the projection to the vocabulary. A is drawn as PyTorch draws a
+    linear layer, B is 0 (arXiv 2106.09685, section 4.1). Only adapters can be trained
+    afterwards; those that were there stay as they are, frozen or not. Returns the
+    model. Raises ValueError for a rank below 1, a name that is taken or has a dot, or a
+    target that no layer's name ends in.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
+    if not name or "." in name or name in adapter_names(model):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}; take a name without dots that is "
+            f"none of {adapter_names(model)}"
+        )
+    layers = chosen = linear_layers(model)
+    if targets is not None:
+        ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}
+        if unknown := [target for target, found in ends.items() if not found]:
+            known = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise ValueError(
+                f"no layer is called {unknown[0]!r}; take targets from "
+                f"{', '.join(known)}"
+            )
+        chosen = {x: layers[x] for found in ends.values() for x in found}
+    for key, weight in model.named_parameters():
+        if ".adapters." not in key:
+            weight.requires_grad_(False)
+    for path, base in chosen.items():
+        place = model.get_submodule(path)
+        if not isinstance(place, AdaptedLayer):
+            place = AdaptedLayer(place)
+            model.set_submodule(path, place)
+        adapter = Adapter(*sizes(base), rank, alpha / rank, base.weight)
+        place.adapters[name] = adapter.train(model.training)
+    switch(model, name)
+    return model
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters that a model holds."""
+    return sorted({name for one in _adapted(model).values() for name in one.adapters})
+
+
+def _check_known(model, name):
+    if name not in (known := adapter_names(model)):
+        raise ValueError(
+            f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}"
+        )
+
+
+def switch(model: nn.Module, name: str | None):
+    """Turn this adapter on and all others off; None: all off.
+
+    Raises ValueError if the model has no adapter of this name.
+    """
+    if name is not None:
+        _check_known(model, name)
+    for layer in _adapted(model).values():
+        layer.on = name if name in layer.adapters else None
+
+
+@contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
+    """Within it this adapter is on, or none; afterwards what was on before.
+
+    Also after an exception. Raises ValueError if there is no adapter of this name.
+    """
+    before = {layer: layer.on for layer in _adapted(model).values()}
+    switch(model, name)
+    try:
+        yield model
+    finally:
+        for layer, on in before.items():
+            layer.on = on
+
+
+def sharing(model: nn.Module, name: str | None) -> nn.Module:
+    """Another model on the very same weights: `model` under this adapter, or none.
+
+    Its modules are its own and its tensors are not, so it takes no memory and always
+    shows what `model` has learnt. It holds this adapter alone, which is on; for None,
+    it is the plain base. So code that asks for two models can be given one twice.
+    Raises ValueError if the model has no adapter of this name.
+    """
+    if name is not None:
+        _check_known(model, name)
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for path, layer in _adapted(twin).items():
+        if name in layer.adapters:
+            layer.adapters = nn.ModuleDict({name: layer.adapters[name]})
+            layer.on = name
+        else:
+            twin.set_submodule(path, layer.base)
+    return twin
+
+
+def read_one_base(
+    states: Callable,
+    labels: Tensor,
+    vocabulary: Tensor,
+    value_head: Callable,
+    reward_head: Callable,
+) -> dict[str, Tensor]:
+    """What PPO reads of texts from one base, each number under its own adapter.
+
+    `states(name)` (B, T, d) are the hidden states that predict `labels` (B, T), under
+    the adapter `name`, or with all of them off for None; `vocabulary` (V, d). Returns
+    logprobs and values, under the adapter "policy"; ref_logprobs, with all off; and
+    scores (B,), read at the last state, under the adapter "reward".
+    """
+    policy, base, reward = states("policy"), states(None), states("reward")
+    return {
+        "logprobs": token_logprobs(policy @ vocabulary.t(), labels),
+        "values": value_head(policy),
+        "ref_logprobs": token_logprobs(base @ vocabulary.t(), labels),
+        "scores": reward_head(reward[:, -1]),
+    }
+
+
+@torch.no_grad()
+def adapter_checks(policy, reference, reward_model, rollout, settings) -> list:
+    """What PPO takes for granted of a policy that is an adapter, for `check_all`.
+
+    Pairs of a sentence and whether it is so. `rollout` is a first one of the untrained
+    policy.
+    """
+    size, models = settings.ppo_micro_batch_size, (policy, reference, reward_model)
+    on, judges_on = (
+        {layer.on for layer in _adapted(model).values()} - {None}
+        for model in (policy.lm, reward_model.trunk)
+    )
+    trained = [name for name, p in policy.lm.named_parameters() if p.requires_grad]
+    trained = {f".{x}".partition(".adapters.")[2].split(".")[0] for x in trained}
+    base = {p.data_ptr() for p in policy.lm.parameters()}
+    own = judges_on or not any(p.data_ptr() in base for p in reward_model.parameters())
+
+    def read(lm):
+        def logprobs(*texts):
+            return response_logprobs(lm, *texts, settings.temperature)
+
+        return in_pieces(logprobs, size, *rollout.texts)
+
+    with autocast(settings, rollout.mask.device):
+        with using(policy.lm, None):
+            same = torch.equal(read(policy.lm), read(reference))
+        texts = rollout.input_ids, rollout.attention_mask
+        again = in_pieces(reward_model, size, *texts)
+    # Another adapter changes a logit far more than half precision does
+    off = (again - rollout.raw_scores).abs().max() / again.abs().max().clamp(min=1)
+    scored = bool(own) and off.item() <= 1e-2
+    no_kl = torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
+    training = any(part.training for model in models for part in model.modules())
+    loose = any(p.requires_grad for model in models[1:] for p in model.parameters())
+    return [
+        ("dropout is off in all models", not training),
+        ("reference and reward model hold nothing that is trained", not loose),
+        ("of the policy one adapter is trained, which is on", trained == on != set()),
+        ("the reference is the base, exactly", same),
+        ("the KL to the reference is 0, exactly", no_kl),
+        ("scores are read under the reward model's own adapter", scored),
+    ]
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Put an adapter into the weights, W + s B A, and take it away; returns the model.
+
+    Without any adapter left, the layers are plain ones again, and all weights can be
+    trained. Raises ValueError if there is no adapter of this name, or if a layer holds
+    its weights in 4 bits.
+    """
+    _check_known(model, name)
+    layers = {k: v for k, v in _adapted(model).items() if name in v.adapters}
+    for path, layer in layers.items():
+        if not layer.base.weight.is_floating_point():
+            raise ValueError(
+                f"{path} holds its weights in 4 bits, which cannot take up {name!r}; "
+                "merge it into the model they were rounded from"
+            )
+    for path, layer in layers.items():
+        adapter = layer.adapters.pop(name)
+        matrices, alpha = adapter.parameters(), adapter.scale * adapter.rank
+        layer.base.weight.copy_(merged_weight(layer.base, *matrices, alpha))
+        layer.on = None if layer.on == name else layer.on
+        if not layer.adapters:
+            model.set_submodule(path, layer.base)
+    if not _adapted(model):
+        model.requires_grad_(True)
+    return model
+
+
+def save_adapter(model: nn.Module, name: str, folder):
+    """Write an adapter as PEFT does: `PeftModel.from_pretrained` reads the folder.
+
+    Raises ValueError if there is no adapter of this name.
+    """
+    _check_known(model, name)
+    layers = {k: v for k, v in _adapted(model).items() if name in v.adapters}
+    tensors = {
+        f"{PREFIX}{path}.{part}": weight.detach().cpu().contiguous()
+        for path, layer in layers.items()
+        for part, weight in layer.adapters[name].named_parameters()
+    }
+    one = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.config._name_or_path,
+        "r": one.adapters[name].rank,
+        "lora_alpha": one.adapters[name].scale * one.adapters[name].rank,
+        "target_modules": sorted(layers),
+        "fan_in_fan_out": _stores_transposed(one.base),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf8")
+
+
+def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
+    """Add an adapter from files of PEFT; it is on. Returns the model.
+
+    Raises FileNotFoundError if they are not there, and ValueError if the adapter has
+    parts that are not read here, or belongs to layers or sizes that this model does not
+    have.
+    """
+    folder = Path(folder)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder} has no {file}; save an adapter there")
+    config = json.loads((folder / CONFIG).read_text("utf8"))
+    tensors, layers = load_file(folder / WEIGHTS), linear_layers(model)
+    rank, alpha, shapes = config["r"], config["lora_alpha"], {}
+    if config.get("use_rslora"):  # s = alpha / sqrt(r): arXiv 2312.03732
+        alpha *= math.sqrt(rank)
+    for path, layer in layers.items():
+        size_in, size_out = sizes(layer)
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, size_in)
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = (size_out, rank)
+    unread = {
+        part: value
+        for part, value in config.items()
+        if (value is True or value and not isinstance(value, int | float))
+        and part not in READ
+        and value != PLAIN.get(part)
+    }
+    unread |= {
+        x: "a tensor" for x in tensors if not x.endswith(("A.weight", "B.weight"))
+    }
+    if unread:
+        raise ValueError(
+            f"{folder} has parts that are not read here, {unread}; merge it with PEFT"
+        )
+    for key, tensor in tensors.items():
+        if (shape := tuple(tensor.shape)) != shapes.get(key):
+            raise ValueError(
+                f"the adapter in {folder} has {key} of {shape}, where this model has "
+                f"{shapes.get(key, 'no layer')}; load it into its own base model"
+            )
+    targets = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    add_adapter(model, name, rank, alpha, sorted(targets))
+    with torch.no_grad():
+        for path in targets:
+            for part, weight in _adapted(model)[path].adapters[name].named_parameters():
+                weight.copy_(tensors[f"{PREFIX}{path}.{part}"])
+    return model
+
+
+def load_in_4_bits(name: str) -> nn.Module:
+    """The language model `name` on the CPU, frozen, its linear layers in NF4.
+
+    Doubly quantised, by the library bitsandbytes; the rest is in float32, and so is
+    what is computed. Raises ImportError if it is not installed, and ValueError for a
+    layer whose inputs are no whole blocks of 64 (bitsandbytes 0.50 unpacks their
+    weights wrongly on a CPU).
+    """
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise ImportError(
+            "for 4 bits: pip install bitsandbytes accelerate (CPUs will do)"
+        )
+    rounding = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    options = {"quantization_config": rounding, "device_map": "cpu"}
+    lm = read_model(AutoModelForCausalLM, name, **options)
+    for path, layer in lm.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            if layer.in_features % 64:
+                raise ValueError(
+                    f"{path} of {name!r} has {layer.in_features} inputs, which are no "
+                    "whole blocks of 64; take another model, or float32"
+                )
+            # Else the first pass without gradients, such as a rollout, packs its weight
+            # for a product of other precision, which has no backward pass
+            layer.support_avx512bf16_for_cpu = False
+    return freeze(lm)
+
+
+def nf4_levels() -> Tensor:
+    """The 16 numbers of NF4, from -1 to 1, in order (arXiv 2305.14314, appendix E).
+
+    Quantiles of a normal distribution, seven below 0 and eight above it, so that each
+    is used about as often; divided by the largest.
+    """
+    most = 0.9677083  # the probability below the largest: as in bitsandbytes
+    above = torch.special.ndtri(torch.linspace(most, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(most, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+    return (levels.sort().values / above.max()).float()
+
+
+def to_nf4(x: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Numbers as 4 bits each: codes 0 to 15 in the shape of x, and a scale per block.
+
+    Of `block` numbers in a row the largest in size is their scale; each is divided by
+    it, and the nearest of `nf4_levels` is its code. Raises ValueError if the blocks do
+    not come out even.
+    """
+    if x.numel() % block:
+        raise ValueError(f"{x.numel()} numbers are no whole blocks of {block}")
+    rows = x.detach().float().reshape(-1, block)
+    scales = rows.abs().amax(dim=1)
+    levels = nf4_levels().to(x.device)
+    middles = (levels[1:] + levels[:-1]) / 2  # nearer to the one above from here on
+    codes = torch.bucketize(rows / scales.clamp(min=1e-12)[:, None], middles)
+    return codes.view(x.shape), scales
+
+
+def from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The numbers that codes and scales of `to_nf4` stand for."""
+    rows = nf4_levels().to(scales)[codes].reshape(len(scales), -1)
+    return (rows * scales[:, None]).view(codes.shape)

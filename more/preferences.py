@@ -1,0 +1,276 @@
+"""The mathematics of preferences: Bradley–Terry and DPO; and the file of pairs.
+
+A pair is two responses to one prompt, of which somebody preferred one: *chosen* and
+*rejected*. Scores and log-probabilities are (B,), a number for each whole response: of
+log-probabilities the sum over its tokens, EOS included and prompt excluded.
+
+Sources: Bradley & Terry 1952, "Rank Analysis of Incomplete Block Designs"; Ouyang et
+al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
+2305.18290) for DPO; Azar et al. 2023 (arXiv 2310.12036) for IPO.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.data import encode
+from utils.ppo import check_shapes
+
+FIELDS = ("prompt", "chosen", "rejected")
+
+
+def bradley_terry_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of -log sigmoid(R_chosen - R_rejected): (B,), (B,) -> scalar loss, stats.
+
+    The model behind it: somebody prefers c to r with probability sigmoid(R_c - R_r).
+    Only differences count, so scores are determined up to a constant. Stats:
+    `accuracy`, the share of pairs whose chosen one has the higher score (a tie is no
+    win), and `margin`, the mean difference. arXiv 2203.02155, equation 1. Raises
+    ValueError if the shapes disagree.
+    """
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    difference = chosen_scores - rejected_scores
+    return -F.logsigmoid(difference).mean(), _wins(difference.detach())
+
+
+def _wins(difference: Tensor) -> dict[str, Tensor]:
+    return {
+        "accuracy": (difference > 0).to(difference.dtype).mean(),
+        "margin": difference.mean(),
+    }
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of direct preference optimisation: all (B,) -> scalar loss, stats.
+
+    With the difference of the log-ratios D = (log pi - log pi_ref)(chosen) - (log pi -
+    log pi_ref)(rejected), the mean over the pairs of
+
+        sigmoid: -(1 - eps) log sigmoid(beta D) - eps log sigmoid(-beta D)
+        ipo:     (D - 1 / (2 beta))^2
+
+    beta (log pi - log pi_ref) is the *implicit reward*: on endless pairs of
+    Bradley–Terry type the minimum is the policy in proportion to pi_ref exp(R / beta),
+    which PPO is after, too. `label_smoothing` eps is the share of pairs taken to be the
+    wrong way round. No gradient reaches the reference. Stats, of the implicit rewards:
+    `chosen_reward`, `rejected_reward`, `accuracy` and `margin` as in
+    `bradley_terry_loss`.
+
+    arXiv 2305.18290, equation 7; with smoothing: Mitchell 2023, "A note on DPO with
+    noisy preferences"; IPO: arXiv 2310.12036, equation 17. Raises ValueError if the
+    shapes disagree, beta is not positive, eps is not from 0 to below a half, eps is
+    given for ipo, or for another kind.
+    """
+    check_shapes(
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        ref_chosen_logprobs=ref_chosen_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+    )
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}"
+        )
+    if kind not in ("sigmoid", "ipo"):
+        raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
+    if kind == "ipo" and label_smoothing:
+        raise ValueError(
+            f"ipo knows no label_smoothing, got {label_smoothing}; set it to 0"
+        )
+    chosen = chosen_logprobs - ref_chosen_logprobs.detach()
+    rejected = rejected_logprobs - ref_rejected_logprobs.detach()
+    difference = chosen - rejected
+    if kind == "ipo":
+        losses = (difference - 1 / (2 * beta)) ** 2
+    else:
+        right, wrong = (F.logsigmoid(sign * beta * difference) for sign in (1, -1))
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    stats = {
+        "chosen_reward": beta * chosen.detach().mean(),
+        "rejected_reward": beta * rejected.detach().mean(),
+        **_wins(beta * difference.detach()),
+    }
+    return losses.mean(), stats
+
+
+def append_pair(path, pair: dict[str, str]):
+    """Add a pair to a file with `append_line`.
+
+    Raises ValueError if it lacks a text, or if nothing was preferred.
+    """
+    if fault := _fault(pair):
+        raise ValueError(f"this pair {fault}: {pair}")
+    append_line(path, {name: pair[name] for name in FIELDS})
+
+
+def append_line(path, thing: dict):
+    """Add an object to a file of JSON Lines, so that it is on disk when this returns.
+
+    A last line that a kill has cut off is taken away first.
+    """
+    path, line = Path(path), json.dumps(thing, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0] + whole[1]))
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_pairs(
+    *paths, check: Callable[[dict], str] | None = None
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The pairs of files of JSON Lines, and what is wrong with their other lines.
+
+    Each line is an object with `prompt`, `chosen` and `rejected`; prompt and response
+    one after the other are the text. What is wrong is a sentence that begins with the
+    file and the number of the line; `check` may find more: it returns how the sentence
+    goes on, or nothing. Of two lines with the same texts that say the opposite, the
+    first counts. A last line without its end was cut off by a kill, and counts as not
+    written. Raises FileNotFoundError if a file is not there.
+    """
+    pairs, faults, seen = [], [], {}
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"there is no file {path} of pairs yet; label some first"
+            )
+        *lines, _ = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            place = f"{path}, line {number}"
+            try:
+                pair = json.loads(line)
+                fault = _fault(pair) or (check(pair) if check else "")
+            except ValueError:  # no JSON, or no UTF-8
+                fault = "is no JSON"
+            if not fault:
+                pair = {name: pair[name] for name in FIELDS}
+                key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
+                chosen, first = seen.setdefault(key, (pair["chosen"], place))
+                if chosen != pair["chosen"]:
+                    fault = f"prefers the text that {first} rejects"
+            if fault:
+                faults.append(f"{place} {fault}")
+            else:
+                pairs.append(pair)
+    return pairs, faults
+
+
+def agreement_with_labeller(utilities: Tensor, scores: Tensor) -> tuple[float, float]:
+    """How often scores agree with fresh answers of a labeller of known utilities.
+
+    `utilities` (N, 2) are the labeller's of both texts of N pairs, in units of its
+    noise, `scores` (N, 2) those of the model that guesses. Returns the expected share
+    of agreement, without sampling an answer, and the most that any model can have:
+
+        agreement = mean sigmoid(+-(u_1 - u_2)), + where the first has the higher score
+        ceiling = mean sigmoid(|u_1 - u_2|)
+
+    Where the scores are equal the guess is a coin's. Raises ValueError if the shapes
+    disagree.
+    """
+    check_shapes(utilities=utilities, scores=scores)
+    gap = utilities[:, 0] - utilities[:, 1]
+    guess = (scores[:, 0] - scores[:, 1]).sign().to(gap)
+    ceiling = torch.sigmoid(gap.abs()).mean()
+    return torch.sigmoid(gap * guess).mean().item(), ceiling.item()
+
+
+def split_by_prompt(
+    pairs: list[dict[str, str]], share: float, seed: int = 0
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Pairs to learn from, and pairs of a share of the prompts to measure on.
+
+    No prompt is in both: pairs of one prompt share texts, and a model that remembers
+    those would look better than it is (arXiv 2203.02155). Raises ValueError if one of
+    the two would be empty.
+    """
+    prompts = sorted({pair["prompt"] for pair in pairs})
+    random.Random(seed).shuffle(prompts)
+    held_out = set(prompts[: round(share * len(prompts))])
+    if not 0 < len(held_out) < len(prompts):
+        raise ValueError(
+            f"a share of {share:.2g} of {len(prompts)} prompts leaves nothing on one "
+            "side; label pairs of more prompts, or change the share"
+        )
+    parts = [], []
+    for pair in pairs:
+        parts[pair["prompt"] in held_out].append(pair)
+    return parts
+
+
+def _fault(pair) -> str:
+    """What is wrong with a pair, as it goes on after its name, or nothing."""
+    if not isinstance(pair, dict):
+        return "is no object with prompt, chosen and rejected"
+    for name in FIELDS:
+        if not isinstance(pair.get(name), str):
+            return f"has no text {name!r}"
+        if not pair[name].strip():
+            return f"has an empty {name!r}"
+    if pair["chosen"] == pair["rejected"]:
+        return "has the same text as chosen and as rejected"
+    return ""
+
+
+def pair_tokens(
+    pair: dict[str, str], tokenizer, max_tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a pair's prompt, and of both responses with EOS behind them.
+
+    Each text is tokenised as a whole, as a model would read it. Raises ValueError if it
+    then does not begin with the prompt's own tokens: the policy would be asked for
+    another text than the one that was judged. Also if a response holds EOS, or if a
+    text has more than max_tokens.
+    """
+    wholes = [pair["prompt"] + pair[name] for name in FIELDS[1:]]
+    prompt, *texts = encode([pair["prompt"], *wholes], tokenizer)
+    responses = []
+    for name, text in zip(FIELDS[1:], texts, strict=True):
+        response = text[len(prompt) :]
+        if text[: len(prompt)] != prompt or not response:
+            raise ValueError(
+                f"has a prompt that is cut within a token of prompt + {name}: "
+                f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
+            )
+        if tokenizer.eos_token_id in response:
+            raise ValueError(f"holds the EOS token {tokenizer.eos_token!r} in {name!r}")
+        if len(text) >= max_tokens:
+            raise ValueError(
+                f"has {len(text) + 1} tokens in prompt + {name}, more than {max_tokens}"
+            )
+        responses.append([*response, tokenizer.eos_token_id])
+    return prompt, *responses
+
+
+def pair_check(tokenizer, max_tokens: int):
+    """A `check` for `read_pairs`: what `pair_tokens` has against a pair, or nothing."""
+
+    def check(pair):
+        try:
+            pair_tokens(pair, tokenizer, max_tokens)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return check

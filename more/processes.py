@@ -1,0 +1,200 @@
+"""PPO on several processes: `python -m more.processes --processes 2`.
+
+The loop is notebook 3's. A process samples its share of the prompts and works out its
+share of each minibatch; rollout, gradient and whatever decides something are those of
+all. accelerate starts the processes, ends them together, carries what they say.
+
+The gradient of a mean over all tokens is the sum over the processes of (their tokens /
+all tokens) times the gradient of their own mean: weighed alike, a process with few
+tokens would count too much. Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import gather, reduce
+from accelerate.utils import pad_across_processes as pad
+from torch.distributed.elastic.multiprocessing import api, errors
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from practice.cells import LOOP, import_cells
+from utils import runs
+from utils.__main__ import parse
+from utils.evaluation import expected, figures_table
+from utils.rollout import Rollout
+
+# What notebook 3 does before its loop: load, score, and look whether PPO can learn
+CELLS = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
+CELLS += (*LOOP, "judges", "evaluate", "start", "preflight", "preflight-learn")
+CODE = ("fresh_run", "prompts_of", "score", "collect_rollout", "ppo_advantages")
+CODE += ("gradients", "ppo_update", "train")
+
+
+def collect_together(
+    collect, policy, reference, score, prompts, eos_id, settings, generator
+) -> Rollout:
+    """Everybody's rollout, of which this process samples and scores its share.
+
+    `collect` is notebook 3's `collect_rollout`. The generator stays the same in all
+    processes, and each draws from one of its own.
+    """
+    state, device = PartialState(), generator.device
+    drawn = torch.randint(2**60, (), generator=generator, device=device).item()
+    own = torch.Generator(device).manual_seed(drawn + state.process_index)
+    with state.split_between_processes(prompts) as mine:
+        rollout = collect(policy, reference, score, mine, eos_id, settings, own)
+    width = rollout.mask.shape[1]
+    found = {name: x for name, x in vars(rollout).items() if x is not None}
+    del found["cpu_mask"]
+    for name, fill in ("input_ids", eos_id), ("attention_mask", 0):
+        prompt, response = found[name].tensor_split([-width], dim=1)
+        prompt = pad(prompt, 1, fill, pad_first=True)
+        found[name] = torch.cat([prompt, pad(response, 1, fill)], dim=1)
+    return Rollout(**{k: gather(pad(x, 1)) for k, x in found.items()})
+
+
+def gradients_together(gradients, policy, optimizer, batch, settings) -> dict:
+    """Everybody's gradient of a minibatch, of which this process works out its share.
+
+    `gradients` is notebook 3's. Dealt out from the shortest response to the longest,
+    all processes have about as many tokens to read. Returns the figures of the whole
+    minibatch, which are the same numbers in all processes.
+    """
+    state = PartialState()
+    by_length = batch.cpu_mask.sum(dim=1).argsort(stable=True)
+    mine = batch.rows(by_length[state.process_index :: state.num_processes])
+    share = (mine.n_tokens / batch.n_tokens).item()
+    figures = gradients(policy, optimizer, mine, settings)
+    grads = [x.grad for x in policy.parameters() if x.grad is not None]
+    vector_to_parameters(reduce(parameters_to_vector(grads) * share, "sum"), grads)
+    own = torch.stack([*figures.values()])
+    both = gather(torch.stack([own * share, own])[None])
+    columns = zip(figures, both[:, 0].sum(dim=0), both[:, 1].amax(dim=0), strict=True)
+    return {name: most if name[-4:] == "_max" else x for name, x, most in columns}
+
+
+def train_together(settings):
+    """PPO by all processes that were started together, of which the first one writes.
+
+    It ends in the artefact `policy_processes`; any number of processes takes it up.
+    """
+    changes = {**settings.changes, "runs_dir": settings.runs_dir}
+    settings, device = runs.prepare("policy", settings.preset, changes)
+    state = PartialState(cpu=device.type == "cpu")
+    names = {"settings": settings, "device": device}
+    with contextlib.redirect_stdout(None):  # tqdm, and nothing else, goes on to stderr
+        found = import_cells(runs.NOTEBOOKS["3"], *CELLS, names=names)
+    lesson, code = SimpleNamespace(**found), [*map(found.get, CODE), train_together]
+    inputs = lesson.reference, lesson.reward_model, lesson.train_prompts
+    checkpoint = runs.Checkpoint(run := lesson.run, settings, code, inputs)
+    checkpoint.path = settings.folder / "ppo_processes.pt"
+    with state.main_process_first():  # it renames one of another run
+        checkpoint.restore()
+    tracker = runs.start_tracker(settings) if state.is_main_process else None
+
+    def pause(step):
+        if tracker:
+            tracker.log(run.history[-1], step=step)
+        checkpoint.save()
+
+    given = lesson.reference, lesson.score, lesson.prompts_of, lesson.eos_id, settings
+    gradients = partial(gradients_together, lesson.gradients)
+    how = lesson.ppo_advantages, partial(lesson.ppo_update, gradients=gradients)
+    collect = partial(collect_together, lesson.collect_rollout)
+    lesson.train(run, *given, *how, pause if state.is_main_process else None, collect)
+    if state.is_main_process:
+        after, _ = lesson.evaluate(run.policy)
+        metrics = {"after": after, "history": run.history, "seconds": run.seconds}
+        what = "policy_processes", run.policy.lm, lesson.tokenizer, metrics
+        print(figures_table({}, after, expected(settings)))
+        print(f"saved to {runs.save_artefact(settings, *what)}")
+    state.destroy_process_group()
+
+
+def check(n: int, settings):
+    """Raise ValueError if n processes of this machine cannot train together."""
+    size, gpus = settings.ppo_minibatch_size, torch.cuda.device_count()
+    gpus = {"cpu": 0, "mps": 1}.get(settings.device, gpus)
+    if n < 1 or size % n:
+        raise ValueError(
+            f"--processes must be 1 or more and divide ppo_minibatch_size ({size}), "
+            f"which {n} does not; change one of them"
+        )
+    if 0 < gpus < n:
+        raise ValueError(
+            f"{n} processes would share {gpus} GPU{'s' * (gpus > 1)} of this machine; "
+            f"start at most {gpus}, or set device to cpu"
+        )
+
+
+def take_part(work) -> int:
+    """Do the work as one of several processes; 1, and word of the error, if it fails.
+
+    An error that only says that another process is gone waits for its own end.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # the kernel kills it when accelerate is no more
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        if "by peer" in str(error):  # "Connection closed by peer", for example
+            time.sleep(20)  # accelerate notices who was first, and ends this one
+        errors.get_error_handler().record_exception(error)
+        return 1
+    return 0
+
+
+def launch(n: int, module: str, arguments: list[str]):
+    """Run `python -m module` with these arguments in n processes of this machine.
+
+    Exits with 1 and a sentence that says which of them failed first, if one does.
+    """
+    logging.disable()  # elastic's account of what is said in a sentence below
+    # Threads of several processes that spin on the same cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+    words = f"--multi_gpu --num_processes {n} --main_process_port 0 --module {module}"
+    options = launch_command_parser().parse_args([*words.split(), *arguments])
+    options.local_ranks_filter = "0"  # torchrun's: the first one alone prints
+    try:
+        return launch_command(options)
+    except errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        why = failure.message  # a dictionary, if `take_part` wrote it
+        why = (why["message"] if isinstance(why, dict) else why).partition("\n")[0]
+        said = f"process {rank} of {n} failed, so all were ended: {why}"
+    except (api.SignalException, KeyboardInterrupt):
+        said = f"interrupted; all {n} processes were ended"
+    sys.exit(f"\n{said}\nRun the same command again; what was saved is whole.")
+
+
+def main(argv: list[str]) -> int | None:
+    """Start the processes; or be one of them, if they have been started."""
+    parser = argparse.ArgumentParser(
+        "python -m more.processes", epilog="--preset, --set: those of python -m utils"
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    options, rest = parser.parse_known_args(argv)
+    ((_, settings),) = parse([*rest, "--only", "3"])[0].values()
+    work, n = partial(train_together, settings), options.processes
+    if "RANK" in os.environ:
+        return take_part(work)
+    try:
+        check(n, settings)
+        runs.find_artefacts(settings, "sft", "reward_model")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return launch(n, "more.processes", argv) if n > 1 else work()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

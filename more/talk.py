@@ -1,0 +1,261 @@
+"""Write to two models at once, and see what PPO has moved.
+
+The same prompt, temperature and seed for the model before PPO (the reference) and the
+one after it (the policy); the reward model's score of each text; and, token by token,
+how much likelier PPO has made it. No widgets here: a notebook, a page and a test all
+call the same functions.
+"""
+
+import html
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from utils.data import clean, encode
+from utils.models import hidden_states, vocabulary_logits
+from utils.rollout import draw, response_logprobs, squash
+
+BEFORE, AFTER = "before PPO", "after PPO"
+LIKELIER, LESS_LIKELY = "59, 111, 182", "200, 85, 61"  # the plots' blue and red
+FULL_COLOUR = 2.0  # a log-ratio that is painted as strongly as any [nats]
+EOS = "EOS"  # how the token that ends a text is shown
+TEMPERATURES = (0.1, 2.0)
+LARGEST_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one model wrote after a prompt, and what the others say of it.
+
+    `pieces` has the text of each response token, and `log_ratios` its log pi - log
+    pi_ref [nats], whichever of the two wrote it; `raw` is the reward model's logit for
+    the whole text, and `reward` the same between -1 and 1; `ended`: with EOS.
+    """
+
+    name: str
+    prompt: str
+    tokens: list[int]
+    pieces: list[str]
+    log_ratios: list[float]
+    raw: float
+    reward: float
+    ended: bool
+
+    @property
+    def response(self) -> str:
+        """The response as text, without EOS."""
+        return "".join(self.pieces[:-1] if self.ended else self.pieces)
+
+    @property
+    def text(self) -> str:
+        """Prompt and response."""
+        return self.prompt + self.response
+
+
+class Talk:
+    """A language model before and after PPO, and the reward model, to write to."""
+
+    def __init__(self, reference, policy, reward_model, tokenizer, settings):
+        self.models = {BEFORE: reference, AFTER: policy}
+        self.reward_model, self.tokenizer = reward_model, tokenizer
+        self.settings, self.eos_id = settings, tokenizer.eos_token_id
+        limit = getattr(reference.config, "max_position_embeddings", None)
+        # The longest prompt after which a whole response can still be read [tokens]
+        self.longest = (limit or 1024) - settings.max_new_tokens
+
+    def encode(self, prompt: str) -> list[int]:
+        """The token ids of a prompt, without the spaces around it.
+
+        A space at its end would be a token of its own, which no review has: words begin
+        with theirs. Raises ValueError if nothing is left, if the prompt holds EOS or
+        half a character, or if it is too long for the model.
+        """
+        prompt, eos = clean(prompt), self.tokenizer.eos_token
+        fault = ""
+        if not prompt:
+            fault = "is empty; write the first words of a review, such as 'the film is'"
+        elif eos in prompt:
+            fault = f"holds {eos!r}, which ends a text; take it out"
+        elif any(unicodedata.category(letter) == "Cs" for letter in prompt):
+            fault = "holds half a character (a lone surrogate); take it out"
+        else:
+            (ids,) = encode([prompt], self.tokenizer)
+            if len(ids) > self.longest:
+                fault = (
+                    f"has {len(ids):,} tokens, and the model reads {self.longest} at "
+                    "most before a response; shorten it"
+                )
+        if fault:
+            raise ValueError(f"the prompt {fault}")
+        return ids
+
+    @torch.no_grad()
+    def stream(
+        self, name: str, prompt: list[int], temperature: float, seed: int
+    ) -> Iterator[int]:
+        """The tokens of one response, as they are drawn: those of `sample_responses`.
+
+        Raises ValueError for a temperature or a seed out of range.
+        """
+        low, high = TEMPERATURES
+        if not low <= temperature <= high:
+            raise ValueError(
+                f"temperature must be from {low:g} to {high:g}, got {temperature}"
+            )
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
+        lm = self.models[name]
+        generator = torch.Generator(lm.device).manual_seed(int(seed))
+        new = text = torch.tensor([prompt], device=lm.device)
+        cache = DynamicCache(config=lm.config)
+        for _ in range(self.settings.max_new_tokens):
+            hidden = hidden_states(lm.base_model, new, torch.ones_like(text), cache)
+            logits = vocabulary_logits(lm, hidden[:, -1]) / temperature
+            new = draw(logits.softmax(dim=-1), generator)[None]
+            text = torch.cat([text, new], dim=1)
+            yield new.item()
+            if new.item() == self.eos_id:
+                return
+
+    @torch.no_grad()
+    def reply(self, name: str, prompt: list[int], response: list[int]) -> Reply:
+        """What all models say of a response to a prompt, both as token ids.
+
+        Log-probabilities are those of the temperature that PPO trained with.
+        """
+        ids = torch.tensor([prompt + response], device=self.models[BEFORE].device)
+        text = (ids, torch.ones_like(ids), torch.ones_like(ids[:, len(prompt) :]))
+        before, after = (
+            response_logprobs(lm, *text, self.settings.temperature)[0]
+            for lm in self.models.values()
+        )
+        raw = self.reward_model(ids, torch.ones_like(ids))
+        return Reply(
+            name,
+            self.tokenizer.decode(prompt, skip_special_tokens=True),
+            response,
+            token_texts(self.tokenizer, prompt, response),
+            (after - before).tolist(),
+            raw.item(),
+            squash(raw).item(),
+            response[-1] == self.eos_id,
+        )
+
+    def write(
+        self, prompt: str, temperature: float = 1.0, seed: int = 0
+    ) -> dict[str, Reply]:
+        """A response of each model to the prompt, from the same random numbers.
+
+        As long as the two models agree, the same numbers draw the same tokens. Raises
+        ValueError as `encode` and `stream` do.
+        """
+        ids = self.encode(prompt)
+        return {
+            name: self.reply(name, ids, [*self.stream(name, ids, temperature, seed)])
+            for name in self.models
+        }
+
+
+def token_texts(tokenizer, prompt: list[int], response: list[int]) -> list[str]:
+    """What each response token adds to the text; EOS is called so.
+
+    A letter such as é may be several tokens: the last of them adds it, the others
+    nothing.
+    """
+
+    def decode(ids):
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    texts, ids, done = [], list(prompt), decode(prompt)
+    for left, token in zip(range(len(response))[::-1], response, strict=True):
+        if token == tokenizer.eos_token_id:
+            texts.append(EOS)
+            continue
+        ids.append(token)
+        text = decode(ids)
+        # Bytes that are no letter yet are decoded to this sign
+        whole = not text.endswith("\ufffd") or not left
+        texts.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    return texts
+
+
+def visible(text: str) -> str:
+    """The text with signs in the place of what would not be seen, or would mislead.
+
+    Control characters get their pictures (␀), others of no width, such as those that
+    turn the direction of writing, their number (⟨U+202E⟩).
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(letter):
+    kind = unicodedata.category(letter)
+    if kind == "Cc" and ord(letter) < 32:
+        return chr(0x2400 + ord(letter))
+    joins = letter in "\u200c\u200d"  # parts of letters, and of emojis
+    if kind in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joins:
+        return f"⟨U+{ord(letter):04X}⟩"
+    return letter
+
+
+def shaded_html(pieces: list[str], log_ratios: list[float]) -> str:
+    """Tokens on coloured grounds: blue what PPO made likelier, red what less likely.
+
+    The stronger the colour, the larger the log-ratio; from FULL_COLOUR on all alike.
+    The number is shown when a mouse rests on the token. Raises ValueError if there is
+    not one log-ratio for each token.
+    """
+    spans = []
+    for piece, ratio in _shown(pieces, log_ratios):
+        colour = LIKELIER if ratio > 0 else LESS_LIKELY
+        strength = 0.6 * min(abs(ratio) / FULL_COLOUR, 1)
+        style = f'style="background:rgba({colour}, {strength:.2f})"'
+        title = f'title="{ratio:+.2f} nats"'
+        spans.append(f"<span {style} {title}>{html.escape(piece)}</span>")
+    return f'<span style="white-space:pre-wrap">{"".join(spans)}</span>'
+
+
+def shaded_text(pieces: list[str], log_ratios: list[float]) -> str:
+    """The same without colours: behind a token its log-ratio, unless it is near 0."""
+    return "".join(
+        piece + (f"[{ratio:+.1f}]" if abs(ratio) >= 0.05 else "")
+        for piece, ratio in _shown(pieces, log_ratios)
+    )
+
+
+def _shown(pieces, log_ratios):
+    if len(pieces) != len(log_ratios):
+        raise ValueError(
+            f"{len(pieces)} tokens need as many log-ratios, got {len(log_ratios)}"
+        )
+    shown = (f" {EOS}" if piece == EOS else visible(piece) for piece in pieces)
+    return zip(shown, log_ratios, strict=True)
+
+
+def card(reply: Reply) -> str:
+    """A reply as HTML: who wrote it, its reward, and the shaded text."""
+    end = "" if reply.ended else " …"
+    return (
+        f"<p><b>{html.escape(reply.name)}</b>, reward {reply.reward:+.2f}<br>"
+        f"{html.escape(visible(reply.prompt))}"
+        f"{shaded_html(reply.pieces, reply.log_ratios)}{end}</p>"
+    )
+
+
+def steered(replies: Iterable[Reply], least: int = 5) -> dict[int, float]:
+    """The mean log-ratio of each token that was written so often, the least first.
+
+    From token id to log pi - log pi_ref [nats]: what PPO has made less likely stands
+    at the beginning, what it has made likelier at the end.
+    """
+    found = defaultdict(list)
+    for reply in replies:
+        for token, ratio in zip(reply.tokens, reply.log_ratios, strict=True):
+            found[token].append(ratio)
+    means = {t: sum(x) / len(x) for t, x in found.items() if len(x) >= least}
+    return dict(sorted(means.items(), key=lambda pair: pair[1]))
