@@ -1,46 +1,53 @@
 """What the tests share: the tiny world, and one run of the series in it."""
 
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-WINDOWS = ROOT / "tests" / "windows"  # mapped files refuse to be replaced, everywhere
-runpy.run_path(str(WINDOWS / "sitecustomize.py"))
-path = [str(WINDOWS), *filter(None, [os.environ.get("PYTHONPATH")])]
-os.environ["PYTHONPATH"] = os.pathsep.join(path)
-THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
-from utils.practice import tiny_world  # noqa: E402
+from practice import tiny_world  # noqa: E402
 
-# In tests that kill a process
+REPORT = pytest.StashKey[dict]()
 needs_posix = pytest.mark.skipif(
     not hasattr(os, "killpg"), reason="Windows has no SIGKILL, process group or fork"
 )
 
 
-def run_series(*arguments, cwd=ROOT, **environ):
-    """`python -m utils` with these arguments, finished: on the CPU, nothing preset."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
-    return subprocess.run(
-        [sys.executable, "-m", "utils", *arguments],
-        cwd=cwd,
-        env={**ours, "CUDA_VISIBLE_DEVICES": "", **environ},
-        capture_output=True,
-        text=True,
-    )
+def ours(**environ):
+    """The environment of what tests start: on the CPU, no preset."""
+    rest = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
+    return {**rest, "CUDA_VISIBLE_DEVICES": "", **environ}
 
 
-TOGETHER = ("1", "2", "3", "6")  # what the quick tests look at
-REPORT = pytest.StashKey[dict]()
+def python(*arguments, cwd=ROOT, **environ):
+    """Python with these arguments, finished."""
+    command, environ = [sys.executable, *map(str, arguments)], ours(**environ)
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
+
+
+def run_series(*arguments, changes=None, **options):
+    """`python -m utils` with these arguments and changed settings, finished."""
+    sets = [x for name, y in (changes or {}).items() for x in ("--set", f"{name}={y}")]
+    return python("-m", "utils", *arguments, *sets, **options)
+
+
+def read(notebook):
+    """A notebook, be it a path or one of the project's own names."""
+    return nbformat.read(ROOT / notebook, as_version=4)
+
+
+def code_cells(notebook) -> dict:
+    """Its code cells, by their ids."""
+    return {cell.id: cell for cell in read(notebook).cells if cell.cell_type == "code"}
 
 
 @pytest.fixture(scope="session")
@@ -67,20 +74,29 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def world():
     """The folder of the tiny world."""
-    torch.set_num_threads(THREADS)
-    folder = tiny_world.build_world(ROOT / tiny_world.WORLD)
-    torch.set_num_threads(1)
-    return folder
+    return tiny_world.build_world(ROOT / tiny_world.WORLD)
+
+
+# Kernels that are slow to end are killed, so they save after each cell
+SAVE = "import coverage\nsave = lambda result: coverage.Coverage.current().save()\n"
+SAVE += "get_ipython().events.register('post_run_cell', save)\n"
 
 
 @pytest.fixture(scope="session")
 def series(world, tmp_path_factory):
-    """The folder of a run of notebooks 1, 2, 3 and 6 from an empty `runs/`.
+    """The folder of a run of notebooks 1 to 3, and what it printed.
 
-    A slow test runs the others on its models.
+    Beside that folder lies which statements of `utils` it executed, kernels included:
+    coverage starts in every Python that finds this variable.
     """
     runs = tmp_path_factory.mktemp("runs")
-    what = ("--preset", "tiny", "--only", ",".join(TOGETHER))
-    done = run_series(*what, RLHF_RUNS_DIR=str(runs))
+    shutil.copytree(world, runs / "tiny" / "world")
+    startup, measure = runs / "profile_default" / "startup", runs / "coveragerc"
+    startup.mkdir(parents=True)
+    (startup / "save.py").write_text(SAVE)
+    files = f"source = {ROOT / 'utils'}\ndata_file = {runs / 'executed'}\n"
+    measure.write_text(f"[run]\nparallel = true\n{files}")
+    environ = {"IPYTHONDIR": str(runs), "COVERAGE_PROCESS_START": str(measure)}
+    done = run_series("--preset", "tiny", changes={"runs_dir": runs}, **environ)
     assert done.returncode == 0, done.stderr[-3000:]
     return runs / "tiny", done.stdout

@@ -2,25 +2,20 @@
 
 import torch
 
-MPS = torch.device("mps")
-
 
 class OnAMac(torch.Tensor):
-    """A tensor that says it is on a Mac's GPU, and refuses float64 as that does."""
+    """It refuses float64 as that does, also on its way to the CPU."""
 
-    device = MPS
+    device = torch.device("mps")
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
-        options = dict(options or {})
-        given = [*arguments[1:], *options.values()]
-        devices = [torch.device(x) for x in given if isinstance(x, torch.device | str)]
-        if function is torch.Tensor.cpu or torch.device("cpu") in devices:
-            return arguments[0].as_subclass(torch.Tensor)
-        if function is torch.Tensor.double or torch.float64 in given:
+        given = [getattr(x, "dtype", x) for x in arguments[1:]]
+        goes = function is torch.Tensor.to
+        if function is torch.Tensor.double or goes and torch.float64 in given:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        if MPS in devices:
-            return arguments[0]
+        if function is torch.Tensor.cpu or goes and torch.device("cpu") in given:
+            return torch.Tensor(arguments[0].tolist())
         return super().__torch_function__(function, types, arguments, options)
 
 

@@ -1,132 +1,104 @@
-"""REINFORCE, RLOO and GRPO against numbers worked by hand."""
+"""REINFORCE, RLOO and GRPO by hand, and their groups; see also `practice/checks`."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from tests.test_ppo import random_case, t
-from utils import estimators, ppo
+from more.common import check_group
+from more.estimators import (
+    grpo_advantages,
+    grpo_loss,
+    reinforce_advantages,
+    rloo_advantages,
+)
+from practice.cells import import_cells
+from tests.test_ppo import t
+from utils.runs import NOTEBOOKS
+from utils.settings import load_settings
 
-EXACT = {"atol": 1e-12, "rtol": 0}
-
-
-def test_reinforce_by_hand():
-    scores = t(1.0, -2.0, 4.0)
-    assert estimators.reinforce_advantages(scores).tolist() == [1, -2, 4]
-    assert estimators.reinforce_advantages(scores, 1.5).tolist() == [-0.5, -3.5, 2.5]
-
-
-def test_rloo_by_hand():
-    """Two prompts of three responses: each against the mean of its two others."""
-    scores = t(1.0, 2.0, 6.0, 0.0, 0.0, 3.0)
-    expected = t(1 - 4.0, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3.0)
-    torch.testing.assert_close(estimators.rloo_advantages(scores, 3), expected, **EXACT)
-
-
-def test_grpo_by_hand():
-    """The sample's deviation: of 1, 2, 6 it is the root of (4 + 1 + 9) / 2."""
-    scores = t(1.0, 2.0, 6.0, 0.0, 0.0, 3.0)
-    plain = [-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]
-    got = estimators.grpo_advantages(scores, 3, scale=False)
-    torch.testing.assert_close(got, t(*plain), **EXACT)
-    spreads = [math.sqrt(7) + 1e-4] * 3 + [math.sqrt(3) + 1e-4] * 3
-    expected = [x / s for x, s in zip(plain, spreads, strict=True)]
-    got = estimators.grpo_advantages(scores, 3)
-    torch.testing.assert_close(got, t(*expected), **EXACT)
-
-
-def test_equal_scores_have_no_advantage():
-    scores = torch.full((8,), -0.7)
-    for function in (estimators.rloo_advantages, estimators.grpo_advantages):
-        found = function(scores, 4)
-        assert found.isfinite().all() and found.abs().max() < 1e-3
+EXACT = {"atol": 1e-11, "rtol": 0}
+SCORES = t(1.0, 2.0, 6.0, 0.0, 0.0, 3.0)  # of two prompts, three responses each
+EQUAL = torch.full((6,), -0.7, dtype=torch.float64)
+# The sample's deviation: of 1, 2, 6 it is the root of (4 + 1 + 9) / 2
+A, B = math.sqrt(7) + 1e-4, math.sqrt(3) + 1e-4
 
 
 @pytest.mark.parametrize(
-    "function", [estimators.rloo_advantages, estimators.grpo_advantages]
+    "function, arguments, expected",
+    [
+        (reinforce_advantages, (SCORES,), SCORES.tolist()),
+        (reinforce_advantages, (SCORES, 1.5), [-0.5, 0.5, 4.5, -1.5, -1.5, 1.5]),
+        (rloo_advantages, (SCORES, 3), [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]),
+        (grpo_advantages, (SCORES, 3, False), [-2, -1, 3, -1, -1, 2]),
+        (grpo_advantages, (SCORES, 3), [-2 / A, -1 / A, 3 / A, -1 / B, -1 / B, 2 / B]),
+        (rloo_advantages, (EQUAL, 3), [0] * 6),
+        (grpo_advantages, (EQUAL, 3), [0] * 6),
+    ],
 )
-def test_advantages_carry_no_gradient_and_bad_groups_are_refused(function):
-    scores = torch.randn(6, requires_grad=True)
-    assert not function(scores, 3).requires_grad
-    with pytest.raises(ValueError, match="2 or more, got 1"):
-        function(scores, 1)
-    with pytest.raises(ValueError, match=r"scores \(6,\) are not groups of 4"):
-        function(scores, 4)
-    with pytest.raises(ValueError, match=r"scores \(2, 3\) are not groups of 3"):
-        function(scores.view(2, 3), 3)
+def test_advantages_by_hand(function, arguments, expected):
+    scores, *rest = arguments
+    found = function(scores.clone().requires_grad_(), *rest)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, t(*expected), **EXACT)
 
 
-def test_grpo_loss_by_hand():
-    """Two responses, of two tokens and of one; ratios 1.5 and 1, 0.5."""
-    new = t([math.log(0.6), math.log(0.5)], [math.log(0.2), 9.0])
-    old = t([math.log(0.4), math.log(0.5)], [math.log(0.4), 9.0])
-    ref = t([math.log(0.3), math.log(0.5)], [math.log(0.4), -9.0])
-    mask, advantages = t([1, 1], [1, 0]), t(1.0, -2.0)
-    # -A rho, clipped at 1.2 above and at 0.8 below
-    tokens = [-1.2, -1.0, 1.6]
-    # pi_ref / pi - 1 - log(pi_ref / pi): 0.5, 1 and 2
-    k3 = [0.5 - 1 + math.log(2), 0.0, 2 - 1 - math.log(2)]
-    each = [x + 0.1 * y for x, y in zip(tokens, k3, strict=True)]
-    by_token = sum(each) / 3
-    by_response = ((each[0] + each[1]) / 2 + each[2]) / 2
-    for mean, expected in (("token", by_token), ("response", by_response)):
-        loss, stats = estimators.grpo_loss(
-            new, old, ref, advantages, mask, 0.2, 0.1, mean
-        )
-        assert loss.item() == pytest.approx(expected, abs=1e-12)
-        assert stats["k3"].item() == pytest.approx(sum(k3) / 3, abs=1e-12)
-        assert stats["clip_fraction"].item() == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_without_kl_and_by_token_it_is_ppos_loss(seed):
-    draw, mask = random_case(seed)
-    new, old, ref, advantages = draw(), draw(), draw(), draw()[:, 0]
-    wide = advantages.unsqueeze(1).expand(mask.shape)
-    expected, stats = ppo.policy_loss(new, old, wide, mask)
-    loss, found = estimators.grpo_loss(
-        new, old, ref, advantages, mask, kl_coef=0.0, mean="token"
-    )
-    torch.testing.assert_close(loss, expected, **EXACT)
-    for name, value in stats.items():
-        torch.testing.assert_close(found[name], value, **EXACT)
-
-
-def test_the_first_loss_is_0_and_its_gradient_is_not():
-    """Before the first step the ratio is 1, and a group's advantages add up to 0."""
-    old = -torch.rand(4, 3, dtype=torch.float64)
-    new, mask = old.clone().requires_grad_(), torch.ones(4, 3)
-    advantages = estimators.grpo_advantages(torch.randn(4).double(), 4)
-    loss, _ = estimators.grpo_loss(new, old, old, advantages, mask)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-12)
-    torch.testing.assert_close(new.grad, -advantages[:, None].expand(4, 3) / 12)
-
-
-def test_what_lies_outside_the_mask_reaches_nothing():
-    draw, _ = random_case(0)
-    new, old, ref = (draw()[:3, :4] for _ in range(3))
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    spoilt = []
-    for x in (new, old, ref):
-        spoilt.append(torch.where(mask.bool(), x, torch.nan))
+@pytest.mark.parametrize("mean", ["token", "response"])
+def test_what_lies_outside_the_mask_reaches_nothing(mean):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(3, 3, 4, generator=generator, dtype=torch.float64)
+    mask, advantages = t([1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]), t(1.0, -1.0, 0.5)
+    spoilt = [torch.where(mask.bool(), x, torch.nan) for x in clean]
     spoilt[0].requires_grad_()
-    advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
-    for mean in ("token", "response"):
-        expected, _ = estimators.grpo_loss(new, old, ref, advantages, mask, mean=mean)
-        loss, stats = estimators.grpo_loss(*spoilt, advantages, mask, mean=mean)
-        (gradient,) = torch.autograd.grad(loss, spoilt[0])
-        torch.testing.assert_close(loss, expected, **EXACT)
-        assert gradient.isfinite().all() and not gradient[mask == 0].any()
-        assert all(value.isfinite() for value in stats.values())
+    expected, _ = grpo_loss(*clean, advantages, mask, mean=mean)
+    loss, stats = grpo_loss(*spoilt, advantages, mask, mean=mean)
+    (gradient,) = torch.autograd.grad(loss, spoilt[0])
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert gradient.isfinite().all() and not gradient[mask == 0].any()
+    assert all(value.isfinite() for value in stats.values())
 
 
-def test_bad_arguments_are_named():
-    x, mask = torch.zeros(2, 3), torch.ones(2, 3)
-    with pytest.raises(ValueError, match="response or token, got 'tokens'"):
-        estimators.grpo_loss(x, x, x, torch.zeros(2), mask, mean="tokens")
-    with pytest.raises(ValueError, match=r"ref_logprobs \(2, 2\)"):
-        estimators.grpo_loss(x, x, x[:, :2], torch.zeros(2), mask)
-    with pytest.raises(ValueError, match=r"advantages \(3,\)"):
-        estimators.grpo_loss(x, x, x, torch.zeros(3), mask)
+X, ONES = torch.zeros(2, 3), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, says",
+    [
+        (rloo_advantages, (SCORES, 1), "2 or more, got 1"),
+        (grpo_advantages, (SCORES, 4), r"scores \(6,\) are not groups of 4"),
+        (grpo_advantages, (SCORES.view(2, 3), 3), r"scores \(2, 3\) are not groups"),
+        (grpo_loss, (X, X, X, X[:, 0], ONES, 0.2, 0.1, "tokens"), "got 'tokens'"),
+        (grpo_loss, (X, X, X[:, :2], X[:, 0], ONES), r"ref_logprobs \(2, 2\)"),
+        (grpo_loss, (X, X, X, X[0], ONES), r"advantages \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(function, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name, group, pieces, says",
+    [
+        ("RLO", 4, 12, "no estimator 'RLO'; take PPO or RLOO or GRPO"),
+        ("RLOO", 1, 12, "must be 2 or more, got 1"),
+        ("PPO", 0, 12, "must be a multiple of the group, got 0"),
+        ("RLOO", 5, 12, r"ppo_rollout_size \(24\) must be a multiple .* got 5"),
+        ("GRPO", 4, 6, r"ppo_micro_batch_size \(6\) to ppo_minibatch_size \(12\)"),
+        ("PPO", 1, 6, ""),
+        ("GRPO", 24, 12, ""),
+    ],
+)
+def test_a_group_that_cannot_be_compared_is_said_before(name, group, pieces, says):
+    sizes = {"ppo_episodes": 24, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
+    settings = load_settings("tiny", {**sizes, "ppo_micro_batch_size": pieces})
+    refused = pytest.raises(ValueError, match=says) if says else nullcontext()
+    with refused:
+        check_group(name, group, ("PPO", "RLOO", "GRPO"), settings)
+
+
+def test_a_group_is_one_prompt_again_and_again():
+    in_groups = import_cells(NOTEBOOKS["4"], "in-groups")["in_groups"]
+    prompts = in_groups(lambda step: [[step, i] for i in range(6)], 3)
+    assert prompts(7) == [[7, 0]] * 3 + [[7, 3]] * 3

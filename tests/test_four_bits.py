@@ -1,151 +1,99 @@
-"""A base in 4 bits by bitsandbytes, with our adapters on it.
-
-Slow, and left out where the library is not installed (`pip install bitsandbytes
-accelerate`); but for what is said there.
-"""
+"""A base in 4 bits by bitsandbytes, if it is installed, with our adapters on it."""
 
 import copy
-import dataclasses
 from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.test_loop import SETTINGS, collect, guarded
-from tests.test_rollout import EOS
-from utils import lora, models
-from utils.models import PolicyWithValueHead, load_causal_lm, load_in_4_bits
-from utils.support.memory import NF4_BITS
-from utils.support.notebook import import_cells
+from more import lora
+from more.memory import NF4_BITS
+from practice.cells import LOOP, import_cells
+from tests.test_loop import collect, guarded, update
+from tests.test_lora import free, gpt2, llama, off
+from utils.models import PolicyWithValueHead, load_causal_lm
 
-SIZES = {"bos_token_id": 0, "eos_token_id": EOS, "vocab_size": 10}
-there = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
+missing = find_spec("bitsandbytes") is None
+there = pytest.mark.skipif(missing, reason="bitsandbytes is not installed")
+each = pytest.mark.parametrize("make, n_layers", [(gpt2, 8), (llama, 14)])
 
 
-def save(folder, kind, size=128):
-    """A small model of random numbers, like those of a model that was trained."""
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(n_layer=2, n_head=2, n_embd=size, n_positions=64, **SIZES)
-        lm = GPT2LMHeadModel(config)
-    else:
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": size}
-        sizes |= {"intermediate_size": 192, "tie_word_embeddings": True}
-        lm = LlamaForCausalLM(LlamaConfig(**sizes, **SIZES))
+def save(folder, make, size=128):
+    lm = make(size)  # with numbers as large as if it was trained
     with torch.no_grad():
         for parameter in lm.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.1)
+            parameter.normal_(std=0.1) if parameter.dim() == 2 else None
     lm.save_pretrained(folder)
     return str(folder)
 
 
-def linear_layers(lm):
-    return {n: m for n, m in lm.named_modules() if type(m).__name__ == "Linear4bit"}
+def gradients(lm):
+    """Of fresh adapters, after a pass without gradients as in a rollout; and logits."""
+    torch.manual_seed(0)
+    lora.add_adapter(lm.eval(), "policy", rank=4)
+    with torch.no_grad():
+        lm(ids := torch.tensor([[3, 4, 5, 6, 7]]))
+    logits = lm(ids).logits
+    logits.log_softmax(dim=-1)[..., 1].sum().backward()
+    return logits.detach(), [p.grad for p in free(lm).values()]
 
 
-@pytest.fixture(params=["gpt2", "llama"])
-def name(request, tmp_path):
-    return save(tmp_path / request.param, request.param)
-
-
-def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+def test_what_cannot_be_rounded_is_said(monkeypatch, tmp_path):
+    if not missing:  # rows of 96: bitsandbytes 0.50 gets them wrong, without a word
+        name = save(tmp_path, gpt2, 96)
+        with pytest.raises(ValueError, match="c_attn of .* has 96 inputs, .* float32"):
+            lora.load_in_4_bits(name)
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes accelerate"):
-        load_in_4_bits("any")
+        lora.load_in_4_bits("any")
 
 
 @there
 @pytest.mark.slow
-def test_the_weights_are_those_of_nf4_by_hand(name):
+@each
+def test_weights_and_gradients_are_those_of_nf4_by_hand(make, n_layers, tmp_path):
     """But for the scales, which are rounded, too; and 4.13 bits are what they take."""
-    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
 
-    exact, rounded = load_causal_lm(name), load_in_4_bits(name)
-    numbers, places = 0, 0
-    for path, layer in linear_layers(rounded).items():
-        weight = exact.get_submodule(path).weight
-        if type(exact.get_submodule(path)).__name__ == "Conv1D":
-            weight = weight.t()
+    name, numbers, places = save(tmp_path, make), 0, 0
+    rounded, plain = lora.load_in_4_bits(name), load_causal_lm(name)
+    layers = {n: m for n, m in rounded.named_modules() if hasattr(m, "quant_state")}
+    assert len(layers) == n_layers
+    for path, layer in layers.items():
+        weight, state = plain.get_submodule(path).weight.data, layer.weight.quant_state
+        weight = weight.t() if make is gpt2 else weight
         wanted = lora.from_nf4(*lora.to_nf4(weight.contiguous()))
-        state = layer.weight.quant_state
-        found = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
-        blocks = weight.reshape(-1, 64).abs().amax(dim=1).max()
-        assert (found - wanted).abs().max() < 0.01 * blocks
+        found = dequantize_4bit(layer.weight.data, state)
+        assert off(found, wanted) < 0.01 * weight.abs().max()
         assert (found == wanted).float().mean() < 1  # the scales were rounded
         numbers += weight.numel()
         places += layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert len(linear_layers(rounded)) in (8, 14)
+        weight.copy_(found)
     assert 8 * places / numbers == pytest.approx(NF4_BITS, rel=0.02)
+    (logits, grads), (wanted, others) = gradients(rounded), gradients(plain)
+    assert off(logits, wanted) < 1e-4
+    assert len(grads) == 2 * n_layers and any(g.abs().max() > 0.1 for g in grads)
+    for one, other in zip(grads, others, strict=True):
+        assert off(one, other) < 1e-4 * (1 + other.abs().max())
 
 
 @there
 @pytest.mark.slow
-def test_gradients_pass_through_the_base_also_after_a_rollout(name):
-    """Against the same weights in float32: the adapters' gradients are equal."""
-    rounded, plain = load_in_4_bits(name), load_causal_lm(name)
-    import bitsandbytes
-
-    with torch.no_grad():
-        for path, layer in linear_layers(rounded).items():
-            state = layer.weight.quant_state
-            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
-            own = plain.get_submodule(path).weight
-            own.copy_(weight if own.shape == weight.shape else weight.t())
-            if type(plain.get_submodule(path)).__name__ == "Conv1D":
-                own.copy_(weight.t())
-    ids, found = torch.tensor([[3, 4, 5, 6, 7]]), []
-    for lm in (rounded, plain):
-        torch.manual_seed(0)
-        lora.add_adapter(lm.eval(), "policy", rank=4)
-        with torch.no_grad():
-            lm(ids)  # as a rollout does, before the update
-        logits = lm(ids).logits
-        logits.log_softmax(dim=-1)[..., 1].sum().backward()
-        grads = [p.grad for p in lm.parameters() if p.requires_grad]
-        found.append((logits.detach(), grads))
-    (logits, grads), (wanted, wanted_grads) = found
-    assert (logits - wanted).abs().max() < 1e-4
-    assert len(grads) in (16, 28) and any(g.abs().max() > 0.1 for g in grads)
-    for one, other in zip(grads, wanted_grads, strict=True):
-        assert (one - other).abs().max() < 1e-4 * (1 + other.abs().max())
-
-
-@there
-@pytest.mark.slow
-def test_ppo_on_a_base_in_4_bits(name):
+@each
+def test_ppo_on_a_base_in_4_bits(make, n_layers, tmp_path):
     """One base, two rollouts, and nothing of the base has moved."""
-    loop = import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
-    loop |= import_cells("3-RLHF.ipynb", "ppo-loss", "ppo-update")
-    lm = load_in_4_bits(name)
+    lm = lora.load_in_4_bits(save(tmp_path, make))
+    loop = import_cells("3-RLHF.ipynb", *LOOP)
     lora.add_adapter(lm, "policy", rank=4)
     policy = PolicyWithValueHead(lora.sharing(lm, "policy")).eval()
-    reference = lora.sharing(lm, None)
-    before = copy.deepcopy(lm.state_dict())
-    settings = dataclasses.replace(SETTINGS, ppo_lr=1e-2)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = guarded(policy, torch.optim.AdamW(trained, lr=1e-2), settings)
-    kl = []
-    for seed in range(2):
-        rollout = collect(loop, policy, reference, seed, settings)
-        kl.append((rollout.old_logprobs - rollout.ref_logprobs).abs().max())
-        generator = torch.Generator().manual_seed(seed)
-        loop["ppo_update"](policy, optimizer, rollout, settings, generator)
-    assert kl[0] == 0 and kl[1] > 0
+    reference, before = lora.sharing(lm, None), copy.deepcopy(lm.state_dict())
+    optimizer = guarded(policy, torch.optim.AdamW(free(policy).values(), lr=1e-2))
+    for learnt in (False, True):
+        rollout = collect(loop, policy, reference)
+        assert (off(rollout.old_logprobs, rollout.ref_logprobs) > 0) == learnt
+        update(loop, policy, rollout, optimizer=optimizer)
     after = lm.state_dict()
     moved = [key for key, x in before.items() if not torch.equal(x, after[key])]
-    assert moved and all(".adapters.policy." in key for key in moved)
+    assert moved == [key for key in before if ".adapters.policy." in key]
     with pytest.raises(ValueError, match="holds its weights in 4 bits, .* 'policy'"):
         lora.merge_adapter(lm, "policy")
-
-
-@there
-@pytest.mark.slow
-def test_rows_of_other_sizes_are_refused(tmp_path):
-    """What bitsandbytes 0.50 makes of them on a CPU is wrong, without a word."""
-    name = save(tmp_path / "odd", "gpt2", size=96)
-    with pytest.raises(ValueError, match="c_attn of .* has 96 inputs, .* float32"):
-        load_in_4_bits(name)

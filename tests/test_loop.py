@@ -1,30 +1,27 @@
-"""The functions of the loop, taken from notebook 3."""
+"""The functions of the loop, taken from notebook 3, and the optimiser under them."""
 
 import contextlib
 import copy
 import dataclasses
-import inspect
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from practice.cells import LOOP, import_cells
 from tests.test_rollout import EOS, PROMPTS, small_lm
 from utils.models import PolicyWithValueHead, freeze
 from utils.ppo import compute_gae
-from utils.rollout import Rollout, has_ended, normalise_scores
-from utils.settings import TINY
-from utils.support.notebook import LOOP, import_cells
-from utils.training import GuardedOptimizer
+from utils.rollout import has_ended, normalise_scores
+from utils.settings import FULL, TINY
+from utils.training import GuardedOptimizer, get_device, trunk_dtype
 
-CELLS = ("collect-rollout", "ppo-advantages", "ppo-loss", "ppo-update")
-SETTINGS = dataclasses.replace(
-    TINY,
-    ppo_episodes=48,
-    ppo_rollout_size=24,
-    ppo_minibatch_size=12,
-    ppo_micro_batch_size=12,
-    max_new_tokens=6,
-)
+sizes = {"ppo_episodes": 48, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
+sizes |= {"ppo_micro_batch_size": 12, "max_new_tokens": 6}
+SETTINGS = dataclasses.replace(TINY, **sizes)
+NAN, INF = float("nan"), float("inf")
+close, change = partial(torch.testing.assert_close, rtol=0), dataclasses.replace
 
 
 @pytest.fixture(scope="module")
@@ -49,397 +46,323 @@ def score(ids, attention, mask):
     return raw, normalise_scores(raw, has_ended(ids, mask, EOS), 0.0, 1.0, -1.0)
 
 
-def collect(loop, policy, reference, seed=0, settings=SETTINGS, kl_coef=0.1, by=score):
+def collect(loop, policy, reference=None, settings=SETTINGS, by=score):
     """A rollout with its advantages, scored by this function."""
-    generator = torch.Generator().manual_seed(seed)
-    rollout = loop["collect_rollout"](
-        policy, reference, by, PROMPTS * 8, EOS, settings, generator
-    )
-    return loop["ppo_advantages"](rollout, settings, kl_coef)
+    models = (policy, reference or freeze(small_lm(seed=1)), by)
+    prompts, generator = (PROMPTS * 8, EOS), torch.Generator().manual_seed(0)
+    rollout = loop["collect_rollout"](*models, *prompts, settings, generator)
+    return loop["ppo_advantages"](rollout, settings, 0.1)
 
 
-def guarded(
-    policy, optimizer=None, settings=SETTINGS, scaler=None, kind=GuardedOptimizer
-):
+def guarded(policy, optimizer=None, settings=SETTINGS, scaler=None):
     """The optimiser that the loop takes; AdamW if none is given."""
     optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
-    made = kind(policy, optimizer, settings, settings.max_grad_norm)
+    made = GuardedOptimizer(policy, optimizer, settings)
     made.scaler = scaler or made.scaler
     return made
 
 
-def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, loss=None):
+    """The update of the notebook, of which `loss` may be another one."""
     optimizer = optimizer or guarded(policy, settings=settings)
-    return loop["ppo_update"](policy, optimizer, rollout, settings, generator)
+    models, generator = (policy, optimizer), torch.Generator().manual_seed(0)
+    how = partial(loop["gradients"], loss=loss or loop["ppo_loss"])
+    return loop["ppo_update"](*models, rollout, settings, generator, gradients=how)
+
+
+def weights_of(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(some, others):
+    return all(torch.equal(weight, others[name]) for name, weight in some.items())
 
 
 def test_a_rollout_adds_up(loop, policy):
+    """All that is known of each response, as if it were alone, without any padding."""
+    settings = change(SETTINGS, gae_lambda=0.5, temperature=2.0)
     reference = freeze(small_lm(seed=1))
-    rollout = collect(loop, policy, reference)
-    mask = rollout.mask.bool()
-    kl = (rollout.old_logprobs - rollout.ref_logprobs).sum(1)
-    assert kl.abs().min() > 1e-3  # policy and reference do differ
-    # all rewards of a response: its score, minus 0.1 a nat of KL
-    total = rollout.rewards.sum(1)
-    torch.testing.assert_close(total, rollout.scores - 0.1 * kl, atol=1e-9, rtol=0)
-    assert not rollout.rewards[~mask].any()
-    ended = has_ended(rollout.input_ids, rollout.mask, EOS)
-    assert 0 < ended.sum() < len(rollout)
-    assert (rollout.scores[~ended] == -1).all()
-
-
-def test_one_ends_at_once_one_at_the_limit_and_one_never(policy):
-    """Three responses side by side, each as if it were alone."""
-    responses = torch.tensor([[EOS, EOS, EOS], [3, 3, EOS], [3, 4, 5]])
-    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]])
-    prompts = [[5, 6], [3], [4, 2, 1]]
-    reference = freeze(small_lm(seed=1))
-
-    def collect_these(rows):
-        def sampled(lm, prompt_ids, prompt_mask, *_):
-            ids = torch.cat([prompt_ids, responses[rows]], dim=1)
-            return ids, torch.cat([prompt_mask, mask[rows]], dim=1), mask[rows]
-
-        own = import_cells("3-RLHF.ipynb", "collect-rollout", "ppo-advantages")
-        own["sample_responses"] = sampled
-        chosen = [prompts[b] for b in rows]
-        rollout = own["collect_rollout"](
-            policy, reference, score, chosen, EOS, SETTINGS, None
-        )
-        return own["ppo_advantages"](rollout, SETTINGS, 0.1)
-
-    together = collect_these([0, 1, 2])
-    assert together.scores.tolist() == [0.0, 2.0, -1.0]  # one never ends: -1
-    for b in range(3):
-        alone = collect_these([b])
-        n = int(mask[b].sum())
-        for name in (
-            "old_logprobs",
-            "ref_logprobs",
-            "old_values",
-            "rewards",
-            "returns",
-        ):
-            a, rest = getattr(together, name)[b, :n], getattr(together, name)[b, n:]
-            b_alone = getattr(alone, name)[0, :n]
-            torch.testing.assert_close(a, b_alone, atol=1e-9, rtol=0)
-            assert rest.eq(0).all()
-    # all that is to come after an EOS that comes first is its own reward
-    r = together.scores[0] - 0.1 * (together.old_logprobs - together.ref_logprobs)[0, 0]
-    torch.testing.assert_close(together.returns[0, 0], r, atol=1e-9, rtol=0)
-
-
-def test_the_returns_are_formed_before_the_advantages_are_whitened(loop, policy):
-    settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.5)
-    rollout = collect(loop, policy, freeze(small_lm(seed=1)), settings=settings)
-    mask = rollout.mask.bool()
-    raw, returns = compute_gae(rollout.rewards, rollout.old_values, mask, 0.9, 0.5)
-    torch.testing.assert_close(rollout.returns, returns, atol=1e-9, rtol=0)
-    white = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
-    torch.testing.assert_close(rollout.advantages[mask], white, atol=1e-6, rtol=0)
-
-
-def test_every_log_probability_is_at_the_temperature(loop, policy):
-    hot = dataclasses.replace(SETTINGS, temperature=2.0)
-    reference = freeze(small_lm(seed=1))
-    rollout = collect(loop, policy, reference, settings=hot)
-    for b in range(len(rollout)):
+    rollout = collect(loop, policy, reference, settings)
+    for b, n in enumerate(rollout.mask.sum(1).tolist()):
         text = rollout.input_ids[b][rollout.attention_mask[b].bool()]
-        n = int(rollout.mask[b].sum())
         for lm, name in ((policy.lm, "old_logprobs"), (reference, "ref_logprobs")):
             logits = lm(text[None]).logits[0, -n - 1 : -1].detach() / 2.0
             expected = logits.log_softmax(-1)[range(n), text[-n:]]
-            got = getattr(rollout, name)[b, :n]
-            torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
-    stats = update(loop, policy, rollout, hot)
+            close(getattr(rollout, name)[b, :n], expected, atol=1e-9)
+        # the value before each token is chosen: read where it is predicted
+        hidden = policy.lm.base_model(text[None]).last_hidden_state[0, -n - 1 : -1]
+        values = policy.value_head(hidden).detach()
+        close(rollout.old_values[b, :n], values, atol=1e-9)
+    kl, mask = rollout.old_logprobs - rollout.ref_logprobs, rollout.mask.bool()
+    assert kl.sum(1).abs().min() > 1e-3  # policy and reference do differ
+    # all rewards of a response: its score, minus 0.1 a nat of KL
+    close(rollout.rewards.sum(1), rollout.scores - 0.1 * kl.sum(1), atol=1e-9)
+    assert not rollout.rewards[~mask].any()
+    ended = has_ended(rollout.input_ids, rollout.mask, EOS)
+    assert 0 < ended.sum() < len(rollout) and (rollout.scores[~ended] == -1).all()
+    # the returns are formed before the advantages are whitened
+    raw, returns = compute_gae(rollout.rewards, rollout.old_values, mask, 1.0, 0.5)
+    close(rollout.returns, returns, atol=1e-9)
+    white = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
+    close(rollout.advantages[mask], white, atol=1e-6)
+    stats = update(loop, policy, rollout, settings)
     assert (stats["ratio_max"][0] - 1).abs() <= 1e-9
+    # the figures that are shown, from the tokens
+    found = loop["summarise"](rollout, stats, small_run(loop)[0], EOS)
+    rows = zip(rollout.input_ids, rollout.mask, strict=True)
+    texts = [tuple(ids[-len(m) :][m.bool()].tolist()) for ids, m in rows]
+    n, length, old = len(texts), sum(map(len, texts)), rollout.old_logprobs
+    known = {"kl": kl.sum().item() / n, "score": rollout.scores.mean().item()}
+    known |= {"entropy": -old.sum().item() / length, "different": len(set(texts)) / n}
+    known |= {"eos_rate": sum(text[-1] == EOS for text in texts) / n}
+    known |= {"empty": texts.count((EOS,)) / n, "length": length / n}
+    assert 0 < known["empty"] < known["eos_rate"]
+    assert {k: found[k] for k in known} == pytest.approx(known, rel=1e-6)
 
 
 @pytest.mark.parametrize("scaling, far", [(False, 0), (True, 0), (False, 3)])
-def test_an_update_is_what_it_would_be_by_hand(
-    loop, policy, scaling, far, optimizer=GuardedOptimizer
-):
+def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
     """Two steps of plain gradient descent, with a setting of its own for each part.
 
-    Loss scaling, which float16 needs, must not change them: the gradient is unscaled
-    before its norm is clipped. Nor is there a step that does not follow the loss,
-    however many nats the policy is from the one that wrote the rollout.
+    Loss scaling must not change them: the gradient is unscaled before its norm is
+    clipped. Nor must any distance from the policy that wrote the rollout, in nats.
     """
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
-    settings = dataclasses.replace(
-        SETTINGS,
-        ppo_epochs=1,
-        clip_range=0.05,
-        value_clip_range=0.01,
-        value_coef=0.7,
-        max_grad_norm=0.5,
-        max_approx_kl=0.0,  # so that a policy far away is followed, too
-    )
-    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
+    own = {"clip_range": 0.05, "value_clip_range": 0.01, "value_coef": 7.0}
+    own |= {"ppo_epochs": 1, "max_approx_kl": 0.0}  # a policy far away is followed, too
+    settings, rollout = change(SETTINGS, **own), collect(loop, policy)
     with torch.no_grad():  # so that ratios and values differ from the old ones
         for weight in policy.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.manual_seed(1))
         rollout.old_logprobs -= far
     by_hand = copy.deepcopy(policy)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
     sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
-    optimizer = guarded(policy, sgd, settings, scaler, optimizer)
+    optimizer = guarded(policy, sgd, settings, scaler)
+    optimizer.resume()
+    optimizer.backward(policy.value_head.bias.sum())  # a step that was interrupted
+    scaler.unscale_(sgd)
+    optimizer.resume()
     stats = update(loop, policy, rollout, settings, optimizer)
     assert 0 < stats["clip_fraction"][0] < 1
-    if far:
-        assert stats["ratio_mean"][0] > 10
-    else:
-        assert 0 < stats["value_clip_fraction"][0] < 1
+    assert (stats["ratio_mean"][0] > 10) == bool(far)
+    assert far or 0 < stats["value_clip_fraction"][0] < 1
 
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
     for rows in (order[:12], order[12:]):
         losses = []
-        for b in rows.tolist():
-            text = rollout.input_ids[b][rollout.attention_mask[b].bool()]
-            n = int(rollout.mask[b].sum())
-            hidden = by_hand.lm.base_model(text[None]).last_hidden_state[0, -n - 1 : -1]
-            logits = by_hand.lm(text[None]).logits[0, -n - 1 : -1]
-            logprobs = logits.log_softmax(-1)[range(n), text[-n:]]
+        for b in rows:
+            n, text = int(rollout.mask[b].sum()), rollout.input_ids[b]
+            text = text[rollout.attention_mask[b].bool()][None]
+            V = by_hand.value_head(by_hand.lm.base_model(text).last_hidden_state)
+            logprobs = by_hand.lm(text).logits[0].log_softmax(-1)
             for t in range(n):
-                ratio = (logprobs[t] - rollout.old_logprobs[b, t]).exp()
+                before, token = -n - 1 + t, text[0, t - n]
+                ratio = (logprobs[before, token] - rollout.old_logprobs[b, t]).exp()
                 A, G = rollout.advantages[b, t], rollout.returns[b, t]
-                V, old = by_hand.value_head(hidden[t]), rollout.old_values[b, t]
+                v, old = V[0, before], rollout.old_values[b, t]
                 gain = torch.minimum(A * ratio, A * ratio.clamp(0.95, 1.05))
-                near = old + (V - old).clamp(-0.01, 0.01)
-                error = torch.maximum((V - G) ** 2, (near - G) ** 2)
-                losses.append(-gain + 0.7 * error / 2)
+                near = old + (v - old).clamp(-0.01, 0.01)
+                error = torch.maximum((v - G) ** 2, (near - G) ** 2)
+                losses.append(-gain + 7.0 * error / 2)
         by_hand.zero_grad()
         (sum(losses) / len(losses)).backward()
         norm = sum((p.grad**2).sum() for p in by_hand.parameters()).sqrt()
-        assert norm > 0.5  # it is clipped
+        assert norm > 1  # it is clipped
         with torch.no_grad():
             for weight in by_hand.parameters():
-                weight -= 0.1 * weight.grad * 0.5 / norm
-    for got, want in zip(policy.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+                weight -= 0.1 * weight.grad / norm
+    close(policy.state_dict(), by_hand.state_dict(), atol=1e-6)
+    assert scaler.get_scale() == (1024.0 if scaling else 1.0)
 
 
-def test_a_gradient_that_overflows_moves_nothing(loop):
-    """With loss scaling, as in float16: the scaler skips the step."""
-    policy = PolicyWithValueHead(small_lm()).float().eval()
-    rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
-    before = copy.deepcopy(policy.state_dict())
-    policy.value_head.weight.register_hook(lambda grad: grad * float("inf"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+def watched(loop, at, breaks=lambda x, part: x):
+    """The loss of the notebook, which keeps the weights and numbers that it was given.
+
+    What `breaks` makes of them takes the place of the value loss and of the whole.
+    """
+
+    def loss(policy, batch, settings):
+        at.append((weights_of(policy), batch.raw_scores.tolist()))
+        total, figures = loop["ppo_loss"](policy, batch, settings)
+        figures["value_loss"] = breaks(figures["value_loss"], "loss")
+        return breaks(total, "loss"), figures
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "what, factor, scale, says",
+    [
+        ("gradient", NAN, 0, "gradient of value_head.weight is nan"),
+        (
+            "gradient",
+            INF,
+            0.5,
+            "gradient of value_head.weight is",
+        ),  # it was scaled down
+        ("gradient", NAN, 1024.0, None),  # the scaler leaves this step out
+        ("gradient", 1e38, 0, "norm of (the|all) gradients is inf"),
+        ("loss", INF, 0, "value loss is inf"),
+        ("loss", INF, 1024.0, "value loss is inf"),
+    ],
+)
+def test_a_number_that_breaks_moves_nothing(loop, what, factor, scale, says):
+    """At the third of eight steps: what the second one made is kept."""
+    policy, at = PolicyWithValueHead(small_lm()).float().eval(), []
+
+    def breaks(x, part):
+        return x * factor if (part, len(at)) == (what, 3) else x
+
+    policy.value_head.weight.register_hook(lambda grad: breaks(grad, "gradient"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1, enabled=scale > 0)
     adam = torch.optim.AdamW(policy.parameters(), fused=True)  # as in the notebook
-    update(loop, policy, rollout, optimizer=guarded(policy, adam, scaler=scaler))
-    for name, weight in policy.state_dict().items():
-        assert torch.equal(weight, before[name])
-    assert scaler.get_scale() == 4.0  # halved at each of the 8 steps
+    how = (SETTINGS, guarded(policy, adam, scaler=scaler), watched(loop, at, breaks))
+    stops = pytest.raises(
+        FloatingPointError, match=f"^the {says}[^\n]* not taken[^\n]*$"
+    )
+    with stops if says else contextlib.nullcontext():
+        update(loop, policy, collect(loop, policy), *how)
+    after = policy.state_dict() if says else at[3][0]
+    assert same(after, at[2][0]) and not same(at[2][0], at[1][0])
+    assert len(at) == 3 if says else scaler.get_scale() == 512.0
 
 
-def test_an_interrupted_update_leaves_nothing_behind(loop, policy):
-    """Interrupted before its first step, and run again: as if never interrupted."""
-    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
-    undisturbed = copy.deepcopy(policy)
-    update(loop, undisturbed, rollout)
+def test_an_update_ends_early_beyond_the_bound(loop, policy):
+    """The step that would follow a KL above the bound is not taken, nor any other."""
+    rollout, at = collect(loop, policy), []
+    rollout = change(rollout, raw_scores=torch.arange(24.0))  # to tell them apart
 
-    optimizer = guarded(policy)
-    step = optimizer.step
+    def go(bound):
+        trained = copy.deepcopy(policy)
+        optimizer = guarded(trained, torch.optim.AdamW(trained.parameters(), lr=0.05))
+        settings = change(SETTINGS, max_approx_kl=bound)
+        how = (settings, optimizer, watched(loop, at))
+        return update(loop, trained, rollout, *how), trained.state_dict()
 
-    def interrupted(**figures):
-        raise KeyboardInterrupt
-
-    optimizer.step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        update(loop, policy, rollout, optimizer=optimizer)
-    optimizer.step = step
-    update(loop, policy, rollout, optimizer=optimizer)
-    for got, want in zip(policy.parameters(), undisturbed.parameters(), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_the_score_stands_on_the_eos(loop, policy):
-    rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
-    last = rollout.mask.sum(1) - 1
-    for row, t, s in zip(rollout.rewards, last, rollout.scores, strict=True):
-        expected = torch.zeros_like(row)
-        expected[t] = s  # the KL to an equal reference is 0
-        torch.testing.assert_close(row, expected, atol=1e-9, rtol=0)
+    free, _ = go(bound=0.0)
+    kls = free["approx_kl"]  # of the minibatches
+    assert free["optimizer_steps"] == len(kls) == 8 and kls[0] < 1e-9 < kls[1]
+    # each response is used once an epoch, in another order
+    epochs = [at[i][1] + at[i + 1][1] for i in range(0, 8, 2)]
+    assert [sorted(epoch) for epoch in epochs] == 4 * [list(range(24))]
+    assert len(set(map(tuple, epochs))) == 4
+    first = 1 + int(kls[1:].argmax())
+    stats, bounded = go((kls[:first].max() + kls[first]).item() / 2)
+    assert stats["optimizer_steps"] == first > 1 and same(bounded, at[first][0])
+    assert len(stats["approx_kl"]) == first + 1  # what ended it is in the records
 
 
-def test_the_first_ratio_is_one_and_the_last_is_not(loop):
-    """In float32, as in a real run."""
+@pytest.mark.parametrize("precision, bound", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_the_first_ratio_is_one_and_the_last_is_not(loop, precision, bound):
+    """The trunk in either; logits and everything after them in float32."""
+    settings = change(SETTINGS, precision=precision)
     policy = PolicyWithValueHead(small_lm()).float().eval()
     reference = freeze(copy.deepcopy(policy.lm))
-    rollout = collect(loop, policy, reference)
+    rollout, before = collect(loop, policy, reference, settings), weights_of(reference)
+    assert rollout.old_logprobs.dtype == rollout.old_values.dtype == torch.float32
     with torch.no_grad():
-        now, _ = loop["evaluate_responses"](policy, *rollout.texts)
-    assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-5
-    stats = update(loop, policy, rollout)
-    assert (stats["ratio_max"][0] - 1).abs() <= 1e-5
-    assert stats["approx_kl"][0] <= 1e-6
-    assert (stats["ratio_max"][-1] - 1).abs() > 1e-3
+        exact, _ = loop["evaluate_responses"](policy, *rollout.texts)
+    off = (exact - rollout.old_logprobs).abs().max()
+    assert off > 1e-4 if precision == "bfloat16" else off < 1e-5
+    stats = update(loop, policy, rollout, settings)
+    ratios = (stats["ratio_max"] - 1).abs()
+    assert (
+        ratios[0] <= bound and ratios[-1] > 1e-3 and stats["approx_kl"][0] <= bound**2
+    )
+    # The policy has changed, and nothing else; dropout stays off
+    assert same(reference.state_dict(), before) and not policy.training
+    assert not same(policy.lm.state_dict(), before) and policy.value_head.weight.any()
 
 
-def test_pieces_of_a_rollout_agree_with_the_whole(loop, policy):
-    reference = freeze(small_lm(seed=1))
-    pieces = dataclasses.replace(SETTINGS, ppo_micro_batch_size=4)
-    whole = collect(loop, policy, reference)
-    split = collect(loop, policy, reference, settings=pieces)
-    for field in dataclasses.fields(Rollout):
-        a, b = getattr(whole, field.name), getattr(split, field.name)
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
-
-
-def test_micro_batches_make_the_same_step(loop, policy, optimizer=GuardedOptimizer):
+def test_micro_batches_make_the_same_rollout_and_step(loop, policy):
     """Although responses differ in length: each piece weighs by its tokens."""
-    settings = dataclasses.replace(SETTINGS, ppo_epochs=1, ppo_minibatch_size=24)
-    rollout = collect(loop, policy, freeze(small_lm(seed=1)))
-    assert len(set(rollout.mask.sum(1).tolist())) > 2
-    results = []
+    settings = change(SETTINGS, ppo_epochs=2, ppo_minibatch_size=24)
+    found, start = [], weights_of(policy)
     for size in (24, 4):
-        trained = copy.deepcopy(policy)
-        micro = dataclasses.replace(settings, ppo_micro_batch_size=size)
-        made = guarded(trained, settings=micro, kind=optimizer)
-        update(loop, trained, rollout, micro, made)
-        results.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
-    start = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    assert (results[0] - start).abs().max() > 1e-4
-    torch.testing.assert_close(*results, atol=1e-7, rtol=0)
-
-
-@pytest.mark.parametrize("size", [24, 12])
-def test_every_response_is_used_once_an_epoch(loop, policy, size):
-    rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)))
-    # the responses of the rollout, told apart by a number of their own
-    rollout = dataclasses.replace(rollout, raw_scores=torch.arange(24.0))
-    rollout = Rollout(**vars(rollout.rows(torch.arange(size))))
-    seen = []
-
-    def spy(policy, batch, settings):
-        seen.append(batch.raw_scores.int().tolist())
-        return loop["ppo_loss"](policy, batch, settings)
-
-    settings = dataclasses.replace(SETTINGS, ppo_epochs=2)
-    generator = torch.Generator().manual_seed(0)
-    optimizer = guarded(policy)
-    loop["ppo_update"](policy, optimizer, rollout, settings, generator, loss=spy)
-    flat = [i for index in seen for i in index]
-    assert sorted(flat[:size]) == sorted(flat[size:]) == list(range(size))
-    assert flat[:size] != flat[size:]  # reshuffled
-    assert all(len(index) == 12 for index in seen)
-
-
-def test_the_learning_rate_rises_over_the_warmup_and_falls_to_0(loop):
-    sizes = {"ppo_episodes": 24 * 6, "ppo_lr": 1.0, "value_head_lr": 10.0}
-    settings = dataclasses.replace(SETTINGS, ppo_warmup=2, **sizes)
-    run, found = loop["fresh_run"](small_lm(), settings), []
-    for _ in range(7):
-        found.append(run.decay.get_last_lr())
-        run.optimizer.optimizer.step()
-        run.decay.step()
-    thirds = [1 / 3 * 6 / 6, 2 / 3 * 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
-    assert [policy for policy, _ in found] == pytest.approx(thirds)
-    assert [head for _, head in found] == pytest.approx([10 * x for x in thirds])
-
-
-def test_the_update_changes_the_policy_and_nothing_else(loop, policy):
-    reference = freeze(copy.deepcopy(policy.lm))
-    rollout = collect(loop, policy, reference)
-    frozen = copy.deepcopy(reference.state_dict())
-    before = copy.deepcopy(policy.state_dict())
-    update(loop, policy, rollout)
-    assert not policy.training  # dropout stays off
-    for name, weight in reference.state_dict().items():
-        assert torch.equal(weight, frozen[name])
-    changed = [
-        n for n, w in policy.state_dict().items() if not torch.equal(w, before[n])
-    ]
-    assert "value_head.weight" in changed and "lm.transformer.wte.weight" in changed
+        micro = change(settings, ppo_micro_batch_size=size)
+        rollout, trained = collect(loop, policy, settings=micro), copy.deepcopy(policy)
+        stats = update(loop, trained, rollout, micro)
+        found.append((vars(rollout), trained.state_dict(), stats))
+    assert len(set(rollout.mask.sum(1).tolist())) > 2 and not same(found[0][1], start)
+    for whole, pieces in zip(*found, strict=True):
+        close(whole, pieces, atol=1e-7)
 
 
 def small_run(loop, **changes):
     """A run of PPO for a small model, its settings, and what `train` wants besides."""
-    settings = dataclasses.replace(SETTINGS, ppo_episodes=600, ppo_lr=3e-3, **changes)
-    lm = small_lm()
+    settings = {"ppo_episodes": 600, "ppo_lr": 3e-3, **changes}
+    settings, lm = change(SETTINGS, **settings), small_lm()
     models = (freeze(copy.deepcopy(lm)), score, lambda step: PROMPTS * 8, EOS)
     return loop["fresh_run"](lm, settings), models, settings
 
 
-def test_ppo_finds_what_is_rewarded(loop):
-    run, models, settings = small_run(loop, kl_coef=0.02)
+def go(loop, run, models, settings, *pause):
+    """PPO, with the functions of the notebook."""
     how = (loop["ppo_advantages"], loop["ppo_update"])
-    loop["train"](run, *models, settings, *how)
-    scores = [row["score"] for row in run.history]
-    assert len(scores) == 25
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
+    loop["train"](run, *models, settings, *how, *pause)
 
 
-def test_an_estimator_of_ones_own_is_a_few_lines(loop):
-    """RLOO (Kool et al. 2019; arXiv 2402.14740): four answers to each prompt.
-
-    The advantage of each is its reward, KL included, less the mean of the other three.
-    """
-
-    def rloo_advantages(rollout, settings, kl_coef):
-        kl = (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1)
-        rewards = (rollout.scores - kl_coef * kl).view(-1, 4)
-        advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * 4 / 3
-        advantages = advantages.view(-1, 1) * rollout.mask
-        return dataclasses.replace(rollout, advantages=advantages, returns=advantages)
-
-    run, models, settings = small_run(loop, kl_coef=0.02, value_coef=0.0)
-    reference, score, _, eos_id = models
-    prompts = [prompt for prompt in PROMPTS * 2 for _ in range(4)]
-    how = (rloo_advantages, loop["ppo_update"])
-    models = (reference, score, lambda step: prompts, eos_id)
-    loop["train"](run, *models, settings, *how)
-    scores = [row["score"] for row in run.history]
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
-    assert run.policy.value_head.weight.eq(0).all()  # no critic was trained
-    source = inspect.getsource(rloo_advantages).strip().splitlines()
-    assert len(source) <= 15
-
-
-def test_training_stops_between_rollouts_and_goes_on(loop):
-    """Interrupted after 7 of 25 and called again: the same run."""
-
-    class Stop(Exception):
-        pass
+def test_ppo_finds_what_is_rewarded_and_goes_on_where_it_was_stopped(loop):
+    """Interrupted after 7 of 25 rollouts and called again: the same run."""
 
     def stop_at_7(step):
         if step == 7:
-            raise Stop
+            raise KeyboardInterrupt
 
-    runs = []
+    histories = []
     for pauses in ([None], [stop_at_7, None]):
-        run, models, settings = small_run(loop)
+        run, models, settings = small_run(loop, kl_coef=0.02)
         for pause in pauses:
-            with contextlib.suppress(Stop):
-                how = (loop["ppo_advantages"], loop["ppo_update"])
-                loop["train"](run, *models, settings, *how, pause)
-        runs.append(run)
-    assert runs[0].history == runs[1].history and len(runs[0].history) == 25
+            with contextlib.suppress(KeyboardInterrupt):
+                go(loop, run, models, settings, pause)
+        histories.append(run.history)
+    assert histories[0] == histories[1] and len(run.history) == 25
+    scores = [row["score"] for row in run.history]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
 
 
-def test_an_adaptive_beta_steers_the_kl(loop):
+def test_rates_rise_and_fall_and_an_adaptive_beta_steers_the_kl(loop):
     """By hand: beta grows by what the KL of each rollout was above its target."""
-    run, models, settings = small_run(loop, kl_target=0.3, kl_horizon=100)
-    loop["train"](run, *models, settings, loop["ppo_advantages"], loop["ppo_update"])
-    beta = settings.kl_coef
+    changes = {
+        "kl_target": 0.3,
+        "ppo_episodes": 24 * 6,
+        "ppo_warmup": 2,
+        "ppo_lr": 0.01,
+    }
+    run, models, settings = small_run(loop, **changes)
+    _, head = run.decay.get_last_lr()
+    assert head == pytest.approx(settings.value_head_lr / 3)
+    go(loop, run, models, settings)
+    thirds = [1 / 3 * 6 / 6, 2 / 3 * 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    rates = [row["learning_rate"] for row in run.history]
+    assert rates == pytest.approx([0.01 * x for x in thirds])
+    assert run.decay.get_last_lr() == [0, 0]
+    betas = [settings.kl_coef]
     for row in run.history:
-        assert row["kl_coef"] == pytest.approx(beta, rel=1e-6)
         error = min(max(row["kl"] / 0.3 - 1, -0.2), 0.2)
-        beta *= 1 + error * 24 / 100
-    assert run.kl_coef == pytest.approx(beta, rel=1e-6)
-    assert len({row["kl_coef"] for row in run.history}) > 20
+        betas.append(betas[-1] * (1 + error * 24 / 10_000))
+    used = [row["kl_coef"] for row in run.history]
+    assert [*used, run.kl_coef] == pytest.approx(betas, rel=1e-9)
+    assert len(set(used)) == 6
 
 
-def test_in_half_precision_the_first_ratio_is_still_near_one(loop):
-    """The trunk in bfloat16, logits and everything after them in float32."""
-    half = dataclasses.replace(SETTINGS, precision="bfloat16")
-    policy = PolicyWithValueHead(small_lm()).float().eval()
-    rollout = collect(loop, policy, freeze(copy.deepcopy(policy.lm)), settings=half)
-    assert rollout.old_logprobs.dtype == rollout.old_values.dtype == torch.float32
-    with torch.no_grad():
-        exact, _ = loop["evaluate_responses"](policy, *rollout.texts)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            now, _ = loop["evaluate_responses"](policy, *rollout.texts)
-    assert (exact - rollout.old_logprobs).abs().max() > 1e-4  # it was in bfloat16
-    assert ((now - rollout.old_logprobs).exp() - 1).abs().max() <= 1e-2
+@pytest.mark.parametrize(
+    "gpu, best",
+    [("", "cpu float32"), ("mps", "cpu float32")]  # a Mac's GPU only if it is named
+    + [(7, "cuda float16"), (8, "cuda bfloat16")],  # 7 is a T4, which emulates bfloat16
+)
+def test_device_and_precision_are_the_best_there_are_or_named(monkeypatch, gpu, best):
+    cuda, here = gpu in (7, 8), SimpleNamespace(major=gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: here)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: gpu == "mps")
+    device = get_device(FULL)
+    assert f"{device} {str(trunk_dtype(FULL, device))[6:]}" == best
+    assert trunk_dtype(change(FULL, precision="float16"), device) == torch.float16
+    for name, there in {"cuda": cuda, "mps": gpu == "mps", "cpu": True}.items():
+        missing = pytest.raises(
+            ValueError, match=f"^[^\n]*'{name}'[^\n]* set [^\n]*auto"
+        )
+        with contextlib.nullcontext() if there else missing:
+            assert get_device(change(FULL, device=name)).type == name

@@ -1,187 +1,105 @@
 """When one of several processes is lost: all end, soon, with a sentence, for real."""
 
-import os
-import shutil
+import json
 import signal
 import socket
 import subprocess
 import sys
-import time
 
-import nbformat
+import psutil
 import pytest
-import torch
-from nbformat.v4 import new_code_cell, new_notebook
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT, needs_posix
-from utils.processes import check_gpus, join
-from utils.support import run
+from tests.conftest import ROOT, needs_posix, ours
 
 pytest.importorskip("accelerate", reason="several processes need accelerate")
-
-MEET = """
-import os, pathlib
-from utils.processes import gather, join, this_process
-join("cpu")
-processes = gather((os.getpid(), os.getppid()))
-if not this_process():
-    pathlib.Path("met.txt").write_text(" ".join(map(str, sum(processes, ()))))
-"""
-WAIT = "gather('the other one, for ever')"
-SECOND = "if this_process(): "
-FAULTS = {
-    "one process raises": (
-        SECOND + "raise ValueError('it rains')",
-        "process 1 of 2 failed, so all were ended: 1-SFT.ipynb: it rains",
-    ),
-    "a kernel is killed": (
-        SECOND + "os.kill(os.getpid(), 9)",
-        "process 1 of 2 failed, so all were ended: 1-SFT.ipynb: Kernel died",
-    ),
-    "a process is killed": (
-        SECOND + "os.kill(os.getppid(), 9)",
-        "process 1 of 2 failed, so all were ended: Signal 9 (SIGKILL)",
-    ),
-}
+pytestmark = [pytest.mark.faults, pytest.mark.slow, needs_posix]
+ENDED = "interrupted; all 2 processes were ended"
 
 
 @pytest.fixture
-def project(tmp_path):
-    """Starts two processes of a project whose first notebook has these cells."""
-    shutil.copytree(ROOT / "utils", tmp_path / "utils")
+def start():
+    """Starts a module with these arguments; it is ended with the test."""
     started = []
 
-    def start(*cells):
-        cells = [new_code_cell(source) for source in (MEET, *cells)]
-        nbformat.write(new_notebook(cells=cells), tmp_path / "1-SFT.ipynb")
-        ours = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
-        command = [sys.executable, "-m", "utils", "--processes", "2", "--only", "1"]
+    def begin(*words):
         process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env={**ours, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", *map(str, words)],
+            cwd=ROOT,
+            env=ours(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         started.append(process)
         return process
 
-    yield start
+    yield begin
     for process in started:
         process.kill()
 
 
-def met(folder):
-    """Kernels and their parents, as soon as they have met."""
-    file, end = folder / "met.txt", time.monotonic() + 120
-    while not (file.exists() and file.read_text().count(" ") == 3):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return [int(word) for word in file.read_text().split()]
+def meet(start, what):
+    """The command, and its two processes as soon as they have met."""
+    command = start("tests.processes_at_work", what)
+    pids = command.stdout.readline().split()
+    assert len(pids) == 2, command.communicate()[1]
+    return command, [psutil.Process(int(pid)) for pid in pids]
 
 
-def gone(pids):
-    """Whether none of them is there any more, a few seconds from now at the latest."""
-
-    def there(pid):
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf8") as file:
-                return file.read().split(") ")[1][0] != "Z"
-        except OSError:
-            return False
-
-    end = time.monotonic() + 20
-    while any(map(there, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not any(map(there, pids))
-
-
-@needs_posix
-@pytest.mark.faults
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_all_end_with_the_one_that_failed(project, tmp_path, survived, fault):
-    cell, sentence = FAULTS[fault]
-    process = project(cell, WAIT)
-    pids = met(tmp_path)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert sentence in said
-    assert "Traceback" not in said
-    assert gone(pids)
-    survived(f"two processes: {fault}", said[said.index("process 1 of 2") :])
-
-
-@needs_posix
-@pytest.mark.faults
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_who_ends_the_command_ends_all_processes(project, tmp_path, survived, name):
-    process = project(WAIT)
-    pids = met(tmp_path)
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in (1, -signal.SIGKILL)
-    assert gone(pids)
-    if name != "SIGKILL":
-        assert (
-            said.strip().splitlines()[-1] == "interrupted; all 2 processes were ended"
-        )
-    survived(f"two processes: {name} to the command", "all are gone")
-
-
-@pytest.mark.faults
-@pytest.mark.slow
-def test_a_port_in_use_is_another_ones_business(project, survived):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 29500))
-        taken.listen()
-        process = project("gather('all of us')")
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    survived("two processes: accelerate's usual port is in use", "another is taken")
-
-
-def test_more_processes_than_gpus(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(SystemExit):
-        run.parse(["--processes", "2"])
-    said = capsys.readouterr().err
-    assert "2 processes would share 1 GPU of this machine; start at most 1" in said
-    check_gpus(2, "cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_gpus(2)
+def all_gone(processes):
+    """Whether they end within seconds."""
+    return psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--processes", "0"], "--processes must be 1 or more, got 0"),
-        (["--processes", "2", "--only", "3,4"], "and --only has 4"),
-        (["--processes", "3"], "ppo_minibatch_size (64) must be a multiple of the 3"),
-    ],
+    "what, why",
+    [("raises", "ValueError: it rains"), ("is killed", "Signal 9 (SIGKILL)")],
 )
-def test_processes_that_cannot_be_started(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        run.parse(arguments)
-    assert message in capsys.readouterr().err
+def test_all_end_with_the_one_that_failed(start, survived, what, why):
+    command, processes = meet(start, what)
+    assert all_gone(processes)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 1
+    first = said.strip().splitlines()[0]
+    assert first.startswith(f"process 1 of 2 failed, so all were ended: {why}")
+    assert "Traceback" not in said
+    survived(f"two processes: one {what}", first)
 
 
-def test_without_accelerate_it_is_named(monkeypatch, capsys):
-    monkeypatch.setattr("utils.support.launch.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        run.parse(["--processes", "2"])
-    assert "pip install accelerate" in capsys.readouterr().err
+@pytest.mark.parametrize("name, ends", [("INT", ENDED), ("TERM", ENDED), ("KILL", "")])
+def test_who_ends_the_command_ends_all_processes(start, survived, name, ends):
+    command, processes = meet(start, "waits")
+    command.send_signal(getattr(signal, f"SIG{name}"))
+    _, said = command.communicate(timeout=60)
+    assert all_gone(processes)
+    assert said.strip().startswith(ends) and "Traceback" not in said
+    survived(f"two processes: SIG{name} to the command", ends or "all are gone")
 
 
-def test_deepspeed_is_refused_in_a_sentence(monkeypatch):
-    for name, value in {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="take more/accelerate/fsdp2.yaml"):
-        join("cpu")
+def test_a_port_in_use_is_another_ones_business(start, survived):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 29500))
+        taken.listen()
+        command, _ = meet(start, "goes on")
+        _, said = command.communicate(timeout=120)
+    assert command.returncode == 0, said
+    survived("two processes: accelerate's usual port is in use", "another is taken")
+
+
+def test_one_process_goes_on_from_what_two_have_saved(start, series, survived):
+    """After 8 of 10 rollouts, and ends in a policy that has learnt."""
+    sizes = {"ppo_rollout_size": 64, "ppo_episodes": 640, "runs_dir": series[0].parent}
+    words = [word for x in sizes.items() for word in ("--set", "{}={}".format(*x))]
+    two = start("more.processes", "--processes", 2, *words)
+    next(line for line in two.stdout if " 9/10" in line)
+    two.send_signal(signal.SIGINT)
+    assert ENDED in two.communicate(timeout=60)[1]
+    said, wrong = start("more.processes", "--processes", 1, *words).communicate()
+    assert "PPO goes on after 8 of 10 rollouts" in said, wrong
+    folder = series[0] / "policy_processes"
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    assert len(history) == 10
+    assert history[-1]["score"] > history[0]["score"]
+    AutoModelForCausalLM.from_pretrained(folder)
+    survived("two processes: interrupted, then one process", "it goes on after 8")

@@ -1,26 +1,15 @@
 import math
+import re
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from utils.data import pad
-from utils.models import (
-    RewardHead,
-    RewardModel,
-    ValueHead,
-    freeze,
-    hidden_states,
-    load_causal_lm,
-    position_ids,
-    vocabulary_logits,
-    vocabulary_weight,
-)
+from tests.test_data import refused
+from utils import models
+from utils.data import load_tokenizer, pad
+from utils.models import RewardModel, freeze, load_causal_lm
+from utils.runs import prepare
 
 ROWS = [[5, 6, 7, 8, 9], [3], [4, 2], [1, 2, 3, 4]]
 
@@ -28,26 +17,20 @@ ROWS = [[5, 6, 7, 8, 9], [3], [4, 2], [1, 2, 3, 4]]
 def gpt2(**changes):
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=20, **sizes, **changes)).eval()
+    config = GPT2Config(**{"vocab_size": 20, **sizes, **changes})
+    return GPT2LMHeadModel(config).eval()
 
 
 def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
 
 
 def test_position_ids_by_hand():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    assert models.position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -57,11 +40,12 @@ def test_padding_changes_nothing(make, dtype, bound, side):
     model = make().to(dtype)
     ids, mask = pad(ROWS, pad_id=0, side=side)
     with torch.no_grad():
-        together = vocabulary_logits(model, hidden_states(model.base_model, ids, mask))
+        together = models.vocabulary_logits(
+            model, models.hidden_states(model.base_model, ids, mask)
+        )
         for i, row in enumerate(ROWS):
             alone = model(torch.tensor([row])).logits[0]
-            difference = (together[i][mask[i].bool()] - alone).abs().max().item()
-            assert difference <= bound
+            assert (together[i][mask[i].bool()] - alone).abs().max() <= bound
 
 
 def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
@@ -70,31 +54,20 @@ def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
     ids = torch.arange(20)[None]
     expected = gpt2().double()(ids).logits
     ours = load_causal_lm(tmp_path).double()
-    assert ours.config.activation_function == "gelu_pytorch_tanh"
     torch.testing.assert_close(ours(ids).logits, expected, atol=1e-6, rtol=0)
-    trunk = RewardModel.from_pretrained(tmp_path).trunk
-    assert trunk.config.activation_function == "gelu_pytorch_tanh"
+    for model in (ours, RewardModel.from_pretrained(tmp_path).trunk):
+        assert model.config.activation_function == "gelu_pytorch_tanh"
 
 
-def test_a_vocabulary_projection_with_a_bias_is_refused():
-    lm = gpt2()
-    lm.lm_head = torch.nn.Linear(16, 20, bias=True)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has a bias; take a model"):
-        vocabulary_weight(lm)
-
-
-def test_reward_head_initialisation():
+def test_heads_as_they_begin():
     torch.manual_seed(0)
-    head = RewardHead(10_000)
+    head = models.RewardHead(10_000)
     assert head.bias.item() == 0
     # the standard error of the spread of 10,000 draws is 0.7 %
     assert head.weight.std().item() == pytest.approx(1 / math.sqrt(10_001), rel=0.03)
     assert abs(head.weight.mean().item()) < 4 / 10_000
-
-
-def test_value_head_starts_at_zero():
-    assert ValueHead(8)(torch.randn(3, 4, 8)).eq(0).all()
-    assert ValueHead(8)(torch.randn(3, 4, 8)).shape == (3, 4)
+    values = models.ValueHead(8)(torch.randn(3, 4, 8))
+    assert values.shape == (3, 4) and values.eq(0).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -107,42 +80,95 @@ def test_the_reward_is_read_at_the_last_real_token(side):
         assert score.item() == pytest.approx(expected.item(), abs=1e-9)
 
 
-def test_the_reward_model_has_no_vocabulary_projection():
-    model = RewardModel(gpt2().base_model)
-    assert not any(
-        m.out_features == 20 for m in model.modules() if hasattr(m, "out_features")
-    )
-
-
 def test_heads_and_logits_are_float32_under_autocast():
     lm = gpt2()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = hidden_states(lm.base_model, *pad(ROWS, 0))
-        assert vocabulary_logits(lm, hidden.bfloat16()).dtype == torch.float32
-        assert RewardHead(16)(hidden.bfloat16()).dtype == torch.float32
+        hidden = models.hidden_states(lm.base_model, *pad(ROWS, 0)).bfloat16()
+        assert models.vocabulary_logits(lm, hidden).dtype == torch.float32
+        assert models.RewardHead(16)(hidden).dtype == torch.float32
 
 
-def test_freeze_stops_dropout_and_gradients():
-    model = freeze(gpt2().train())
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_reward_model_survives_saving(tmp_path):
-    model = freeze(RewardModel(gpt2().base_model))
-    model.save_pretrained(tmp_path)
-    reloaded = freeze(RewardModel.from_pretrained(tmp_path))
-    batch = pad(ROWS, pad_id=0, side="left")
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, reloaded.get_parameter(name))
-    # The same weights elsewhere in memory may be added up in another order
-    torch.testing.assert_close(model(*batch), reloaded(*batch), atol=1e-6, rtol=0)
-    assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
-
-
-def test_a_reward_model_takes_the_trunk_of_a_language_model(tmp_path):
+def test_a_reward_model_is_a_frozen_trunk_and_survives_saving(tmp_path):
     lm = gpt2()
-    lm.save_pretrained(tmp_path)
-    model = RewardModel.from_pretrained(tmp_path)
+    lm.save_pretrained(tmp_path / "lm")
+    model = freeze(RewardModel.from_pretrained(tmp_path / "lm").train())
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     for name, weight in lm.base_model.named_parameters():
         assert torch.equal(weight, model.trunk.get_parameter(name))
+    outputs = [m.out_features for m in model.modules() if hasattr(m, "out_features")]
+    assert outputs == [1]  # and no vocabulary projection
+    model.save_pretrained(tmp_path / "rm")
+    reloaded = freeze(RewardModel.from_pretrained(tmp_path / "rm"))
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, reloaded.get_parameter(name))
+    batch = pad(ROWS, pad_id=0, side="left")
+    # The same weights elsewhere in memory may be added up in another order
+    torch.testing.assert_close(model(*batch), reloaded(*batch), atol=1e-6, rtol=0)
+    assert {f.suffix for f in (tmp_path / "rm").iterdir()} == {".json", ".safetensors"}
+
+
+def torn(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def pickled(weights):
+    """Weights come as safetensors only: unpickling runs whatever is in the file."""
+    torch.save(gpt2().state_dict(), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+
+
+WEIGHTS, HEAD = "model.safetensors", RewardModel.HEAD_FILE
+LOADERS = {"lm": load_causal_lm, "rm": RewardModel.from_pretrained}
+LOADERS["words"] = load_tokenizer
+SICK = {  # a file, what is done to it, what cannot be loaded any more, and the cause
+    "no model": ("config.json", lambda file: file.unlink(), "lm rm", "config.json"),
+    "a torn configuration": ("config.json", torn, "lm rm", "JSONDecodeError: "),
+    "torn weights": (WEIGHTS, torn, "lm rm", "SafetensorError: "),
+    "pickled weights": (WEIGHTS, pickled, "lm rm", WEIGHTS),
+    "a torn reward head": (HEAD, torn, "rm", "SafetensorError: "),
+    "another's reward head": (
+        HEAD,
+        lambda head: head.write_bytes(head.with_name(WEIGHTS).read_bytes()),
+        "rm",
+        "Missing key",
+    ),
+    "a torn tokenizer": ("tokenizer.json", torn, "words", "JSONDecodeError: Expecting"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", SICK)
+def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, world, survived, fault):
+    file, spoil, whats, cause = SICK[fault]
+    folder = tmp_path / "[a] 401 token 503"  # which are not the cause
+    load_tokenizer(world / "model").save_pretrained(folder)
+    RewardModel(gpt2().base_model).save_pretrained(folder)
+    for load in LOADERS.values():
+        load(folder)
+    spoil(folder / file)
+    for what in whats.split():
+        says = f"{re.escape(str(folder))}.*{cause}.*; make it anew, or name another$"
+        survived(f"{fault}: {what}", refused(says, LOADERS[what], folder))
+
+
+SMALL = [  # a model, the settings, and what is said of it; nothing: it fits
+    ({"n_positions": 70}, {}, None),
+    ({"n_positions": 65}, {}, "65.*66.*max_tokens"),
+    ({"n_positions": 70}, {"max_new_tokens": 64}, "70.*71.*max_new_tokens"),
+    ({"vocab_size": 500, "n_positions": 70}, {}, "500.*927"),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("sizes, changes, says", SMALL)
+def test_a_model_too_small_for_the_texts(
+    tmp_path, world, survived, sizes, changes, says
+):
+    gpt2(**{"vocab_size": 1200, **sizes}).save_pretrained(tmp_path / "lm")
+    load_tokenizer(world / "model").save_pretrained(tmp_path / "lm")
+    names = {"model_name": str(tmp_path / "lm"), "runs_dir": str(tmp_path)}
+    made = "sft", "tiny", {"dataset_name": str(world / "dataset"), **names, **changes}
+    if says is None:
+        prepare(*made)
+    else:
+        survived(f"a model of {sizes}", refused(says, prepare, *made))

@@ -1,78 +1,124 @@
-"""`python -m utils`: what it checks first, and what it says when a cell fails."""
-
-import subprocess
-import sys
+"""`python -m utils`: what it checks first, what it hands to a kernel, how it ends."""
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.conftest import ROOT, needs_posix
-from utils.support import run
-from utils.support.notebook import NOTEBOOKS
+from tests.conftest import ROOT, needs_posix, python
+from utils import __main__ as command
+from utils.runs import NOTEBOOKS
+
+BAD = {
+    "--only 1,5x": "--only takes all, or some of 1,2,3,4,5,6,7,8,9, not {'5x'}",
+    "--set ppo_epoch=1": "the nearest is 'ppo_epochs'",
+    "--set ppo_epochs": "ppo_epochs",
+    "--set ppo_episodes=100": "must be a multiple of ppo_rollout_size",
+    "--set kl_coef=nan": "kl_coef must be",
+    "--preset small": "invalid choice: 'small'",
+}
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--only", "1,5x"], "there is no notebook 5x; --only takes all, or num"),
-        (["--set", "ppo_epoch=1"], "the nearest is 'ppo_epochs'"),
-        (["--set", "ppo_epochs"], "FIELD=VALUE"),
-        (["--set", "ppo_episodes=100"], "must be a multiple of ppo_rollout_size"),
-        (["--preset", "small"], "invalid choice: 'small'"),
-    ],
-)
-def test_a_bad_command_line_ends_before_anything_starts(arguments, message, capsys):
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_bad_command_line_ends_before_anything_starts(arguments, capsys):
     with pytest.raises(SystemExit) as error:
-        run.parse(arguments)
+        command.parse(arguments.split())
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    assert BAD[arguments] in capsys.readouterr().err
 
 
-def test_set_reaches_the_kernel_and_only_is_in_order(monkeypatch):
-    monkeypatch.setenv("RLHF_SEED", "7")
-    options = run.parse(["--only", "3,1", "--set", "ppo_epochs=2"])
-    assert options.notebooks == ["1-SFT.ipynb", "3-RLHF.ipynb"]
-    assert run.parse([]).notebooks == [NOTEBOOKS[number] for number in "123"]
-    assert run.parse(["--only", "all"]).notebooks == list(NOTEBOOKS.values())
-    assert run.parse(["--only", "6,4"]).notebooks[0] == "more/4-Estimators.ipynb"
-    assert options.env["RLHF_PPO_EPOCHS"] == "2"
-    assert options.env["RLHF_PRESET"] == "tiny"
-    assert (options.settings.ppo_epochs, options.settings.seed) == (2, 7)
+def test_only_says_which_notebooks_in_the_order_of_the_lessons():
+    only = {"": "123", "--only 3,1": "13", "--only 6,4": "46", "--only all": NOTEBOOKS}
+    for arguments, numbers in only.items():
+        made, _ = command.parse(arguments.split())
+        assert [str(x) for x in made] == [str(ROOT / NOTEBOOKS[n]) for n in numbers]
+
+
+FIRST = 'PRESET = ""\nCHANGES = {}\nUSE_DRIVE = False'
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project whose first notebook has the cells that the test gives."""
 
-    def make(*sources):
-        cells = [new_code_cell(source) for source in sources]
-        nbformat.write(new_notebook(cells=cells), tmp_path / "1-SFT.ipynb")
-        nbformat.write(new_notebook(), tmp_path / "3-RLHF.ipynb")
-        monkeypatch.setattr(run, "ROOT", tmp_path)
+    def make(*sources, first=FIRST):
+        cells = [new_code_cell(first, id="parameters"), *map(new_code_cell, sources)]
+        for number in "13":
+            nbformat.write(new_notebook(cells=cells), tmp_path / NOTEBOOKS[number])
+        monkeypatch.setattr(command, "ROOT", tmp_path)
         return tmp_path
 
     return make
 
 
-def test_a_failing_cell_is_named(project, capsys):
+CELLS = [
+    (FIRST, "", "tiny", {}),
+    (FIRST, "--preset full", "full", {}),
+    (FIRST, "--set seed=3 --set rm_epochs=2", "tiny", {"seed": 3, "rm_epochs": 2}),
+    (FIRST, "--set eval_prompts=1e3", "tiny", {"eval_prompts": 1000}),
+    (FIRST, "--set train_anyway=True", "tiny", {"train_anyway": True}),
+    (FIRST, "--set model_name=gpt2", "tiny", {"model_name": "gpt2"}),
+    (FIRST, "--set positive_label=4,5", "tiny", {"positive_label": "4,5"}),
+    # What the cell says stays where the command says nothing, however it says it
+    ('PRESET = "full"\nCHANGES = {"seed": 7}', "", "full", {"seed": 7}),
+    ('PRESET = ""\nCHANGES = {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
+    ('PRESET = ""\nCHANGES = {\n    "seed": 7,\n}', "", "tiny", {"seed": 7}),
+    ('PRESET, CHANGES = "full", {"seed": 7}', "--preset tiny", "tiny", {"seed": 7}),
+    (FIRST + '\nCHANGES |= {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
+]
+
+
+@pytest.mark.parametrize("first, asked, preset, changes", CELLS)
+def test_the_first_cell_says_what_is_asked(project, first, asked, preset, changes):
+    project(first=first)
+    made, _ = command.parse(["--only", "1", *asked.split()])
+    ((notebook, settings),) = made.values()
+    exec(notebook.cells[0].source, executed := {})
+    assert (executed["PRESET"], executed["CHANGES"]) == (preset, changes)
+    assert (settings.preset, settings.changes) == (preset, changes)
+
+
+SAVE_METRICS = """
+import json, pathlib
+folder = pathlib.Path("runs/tiny/sft")
+folder.mkdir(parents=True)
+loss = CHANGES["sft_lr"]
+metrics = {"before": {"validation_loss": 3.0}, "after": {"validation_loss": loss}}
+(folder / "metrics.json").write_text(json.dumps(metrics))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("save", [["--save-outputs"], []])
+def test_the_figures_end_in_a_table_and_the_outputs_can_be_saved(project, capsys, save):
+    file = project(SAVE_METRICS) / NOTEBOOKS["1"]
+    before = file.read_bytes()
+    assert not command.main(["--only", "1", "--set", "sft_lr=0.125", *save])
+    assert "SFT: validation loss [nats per token]" in (said := capsys.readouterr().out)
+    assert "3.000     0.125" in said
+    first, cell = nbformat.read(file, as_version=4).cells
+    assert first.source == FIRST  # its own, not what the command made of it
+    if save:
+        assert cell.outputs[0].text == "done\n" and "execution" not in cell.metadata
+    else:
+        assert file.read_bytes() == before
+
+
+def test_a_failing_cell_is_named(project):
     folder = project("good = 1", "bad = good / 0  # the culprit", "never = 'reached'")
-    assert run.main(["--only", "1"]) == 1
-    error = capsys.readouterr().err
-    assert "1-SFT.ipynb failed" in error
-    assert "bad = good / 0  # the culprit" in error
-    assert "ZeroDivisionError" in error
-    executed = nbformat.read(folder / "runs" / "tiny" / "1-SFT.ipynb", as_version=4)
-    assert executed.cells[1].outputs[0].ename == "ZeroDivisionError"
+    with pytest.raises(SystemExit) as error:
+        command.main(["--only", "1"])
+    for said in ("1-SFT.ipynb failed", "bad = good / 0  # the culprit", "ZeroDivision"):
+        assert said in error.value.code
+    executed = nbformat.read(folder / "runs/tiny/1-SFT.ipynb", as_version=4)
+    assert executed.cells[2].outputs[0].ename == "ZeroDivisionError"
 
 
 RUN = """
 import sys
 from pathlib import Path
-from utils.support import run
-
-run.ROOT = Path(sys.argv[1])
-sys.exit(run.main(["--only", "1,3"]))
+from utils import __main__ as command
+command.ROOT = Path(sys.argv[1])
+sys.exit(command.main(["--only", "1,3"]))
 """
 
 
@@ -86,65 +132,10 @@ def test_a_kernel_that_is_lost(project, survived, name):
     whom = "getpid" if name == "SIGKILL" else "getppid"
     source = f"import os, signal, time; os.kill(os.{whom}(), signal.{name})"
     folder = project("print('before')", source + "\ntime.sleep(100)")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", RUN, folder)
+    said = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    (said,) = (line for line in done.stderr.splitlines() if "lost its kernel" in line)
-    assert "1-SFT.ipynb lost its kernel" in said and "--only 1,3. PPO goes" in said
-    executed = nbformat.read(folder / "runs" / "tiny" / "1-SFT.ipynb", as_version=4)
-    assert executed.cells[0].outputs[0].text == "before\n"
+    assert said.startswith("1-SFT.ipynb lost its kernel") and "PPO goes on" in said
+    executed = nbformat.read(folder / "runs/tiny/1-SFT.ipynb", as_version=4)
+    assert executed.cells[1].outputs[0].text == "before\n"
     survived(f"python -m utils: the kernel ends by {name}", said)
-
-
-SAVE_METRICS = """
-import json, os, pathlib
-folder = pathlib.Path("runs/tiny/sft")
-folder.mkdir(parents=True)
-loss = float(os.environ["RLHF_SFT_LR"])
-metrics = {"before": {"validation_loss": 3.0}, "after": {"validation_loss": loss}}
-(folder / "metrics.json").write_text(json.dumps(metrics))
-print("done")
-"""
-
-
-def test_the_figures_end_in_a_table_and_the_outputs_can_be_saved(project, capsys):
-    folder = project(SAVE_METRICS)
-    arguments = ["--only", "1", "--set", "sft_lr=0.125", "--save-outputs"]
-    assert run.main(arguments) == 0
-    table = capsys.readouterr().out
-    assert "SFT: validation loss [nats per token]" in table
-    assert "3.000     0.125" in table
-    assert '"validation_loss": 0.125' in (folder / "runs/tiny/metrics.json").read_text()
-    saved = nbformat.read(folder / "1-SFT.ipynb", as_version=4)
-    assert saved.cells[0].outputs[0].text == "done\n"
-    assert "execution" not in saved.cells[0].metadata
-
-
-def test_without_saving_the_notebook_is_left_alone(project):
-    folder = project("print(1)")
-    before = (folder / "1-SFT.ipynb").read_bytes()
-    run.main(["--only", "1"])
-    assert (folder / "1-SFT.ipynb").read_bytes() == before
-
-
-def test_a_first_cell_that_asks_for_another_run_is_named(tmp_path, monkeypatch, capsys):
-    """What stands in it would count, and the command would seem to have been heard."""
-    for number, first in enumerate(
-        ('PRESET = ""\nCHANGES = {"sft_epochs": 3}', 'PRESET = "full"\nCHANGES = {}')
-    ):
-        cell = nbformat.v4.new_code_cell(first, id="parameters")
-        notebook = nbformat.v4.new_notebook(cells=[cell])
-        nbformat.write(notebook, tmp_path / NOTEBOOKS["1"])
-        monkeypatch.setattr(run, "ROOT", tmp_path)
-        with pytest.raises(SystemExit):
-            run.parse(["--only", "1"])
-        said = capsys.readouterr().err
-        assert ("{'sft_epochs': 3}", "'full'")[number] in said
-        assert said.strip().endswith("use --preset and --set here")
-    cell.source = 'PRESET = "tiny"\nCHANGES = {}'  # what the command asks for
-    nbformat.write(notebook, tmp_path / NOTEBOOKS["1"])
-    assert run.parse(["--only", "1"]).notebooks == [NOTEBOOKS["1"]]

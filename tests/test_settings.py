@@ -2,113 +2,98 @@ import dataclasses
 
 import pytest
 
-from utils.settings import ALL, FULL, TINY, Settings, as_written, load_settings
+from tests.test_data import refused
+from utils.runs import prepare
+from utils.settings import FULL, TINY, Settings, load_settings
+
+FIELDS = {field.name: field.type for field in dataclasses.fields(Settings)}
+FIELDS.pop("preset")
+OTHERS = {"precision": "float16", "device": "cpu", "log_to": "wandb"}
+OTHERS |= {"ppo_micro_batch_size": 32, "gae_lambda": 0.5}
+# Plain values, and what they become
+PLAIN = [("seed", 7.0, 7), ("ppo_episodes", 1.024e3, 1024), ("kl_coef", 1, 1.0)]
+PLAIN += [("train_anyway", 1, True), ("train_anyway", False, False)]
+PLAIN += [("positive_label", 5, "5"), ("negative_label", 2.5, "2.5")]
+PLAIN += [("positive_label", True, "True"), ("missing_eos_score", -3, -3.0)]
 
 
-def test_the_presets():
-    assert load_settings("full", {}) == FULL
-    assert load_settings("tiny", {}) == TINY
-    assert (FULL.model_name, FULL.dataset_name) == ("gpt2", "stanfordnlp/sst2")
+def test_the_presets_and_every_change():
+    assert load_settings("full") == FULL and load_settings("tiny", {}) == TINY
     assert FULL.ppo_steps * FULL.ppo_rollout_size == FULL.ppo_episodes
+    for name, kind in FIELDS.items():
+        value = getattr(FULL, name)
+        other = OTHERS.get(name, value * 2 if value else kind(3))
+        changed = load_settings("full", {name: other})
+        assert changed.changes == {name: other} and other != value
+        assert type(getattr(changed, name)) is kind
+    for name, value, becomes in PLAIN:
+        found = getattr(load_settings("full", {name: value}), name)
+        assert found == becomes and type(found) is type(becomes)
 
 
-WORDS = {"precision": "float16", "device": "cpu", "log_to": "wandb"}
+def test_the_tiny_world_moves_with_the_runs():
+    moved = load_settings("tiny", {"runs_dir": "/a/b", "dataset_name": "mine.csv"})
+    assert moved.model_name == "/a/b/tiny/world/model"
+    assert moved.dataset_name == "mine.csv" and str(moved.folder) == "/a/b/tiny"
+    assert moved.changes == {"dataset_name": "mine.csv", "runs_dir": "/a/b"}
+    moved = load_settings("tiny", {"runs_dir": "/a/b"})
+    assert moved.that_change("sft") == TINY.that_change("sft")  # it is the same world
 
 
-def test_every_field_can_be_set_from_the_environment():
-    for field in dataclasses.fields(Settings):
-        value = getattr(FULL, field.name)
-        if field.name == "preset":
-            continue
-        if field.name in WORDS:
-            other = WORDS[field.name]
-        elif field.name == "ppo_micro_batch_size":
-            other = value // 2
-        elif field.name in ("sft_warmup", "gamma", "gae_lambda"):
-            other = value / 2
-        else:
-            other = value * 2 if value else field.type(3)
-        changed = load_settings("full", {f"RLHF_{field.name.upper()}": str(other)})
-        assert getattr(changed, field.name) == other != value
-        assert type(getattr(changed, field.name)) is type(value)
+WRONG = [
+    ({"ppo_episode": 512}, "'ppo_episode'.*'ppo_episodes'"),
+    ({"preset": "tiny"}, "no setting 'preset'"),
+    ({"ppo_episodes": "512"}, "ppo_episodes must be a whole number.*'512'"),
+    ({"ppo_episodes": 51.2}, "ppo_episodes must be a whole number.*51.2"),
+    ({"ppo_episodes": True}, "ppo_episodes must be a whole number.*True"),
+    ({"ppo_episodes": None}, "ppo_episodes must be a whole number.*None"),
+    ({"ppo_episodes": 100}, r"ppo_episodes \(100\) .*multiple of ppo_rollout_size"),
+    ({"ppo_micro_batch_size": 48}, r"ppo_minibatch_size.*micro_batch_size \(48"),
+    ({"kl_coef": "0.1"}, "kl_coef must be a.* number.*'0.1'"),
+    ({"kl_coef": [0.1]}, r"kl_coef must be a.* number.*\[0.1\]"),
+    ({"kl_coef": -1}, "kl_coef must be from 0 .*-1"),
+    ({"kl_coef": 0, "kl_target": 6}, "kl_coef must be above 0.*kl_target"),
+    ({"ppo_lr": 0}, "ppo_lr must be above 0.*0"),
+    ({"ppo_lr": float("inf")}, "ppo_lr must be a finite.*inf"),
+    ({"missing_eos_score": float("nan")}, "missing_eos_score must be a finite.*nan"),
+    ({"batch_size": 0}, "batch_size must be from 1 .*0"),
+    ({"max_tokens": 1}, "max_tokens must be from 2 .*1"),
+    ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1.*1.5"),
+    ({"train_anyway": "yes"}, "train_anyway must be True or False.*'yes'"),
+    ({"text_column": None}, "text_column must be a text.*None"),
+    ({"precision": "int8"}, "precision.*float16.*'int8'"),
+    ({"device": "cuda:1"}, "device.*auto.*cpu.*cuda.*mps.*'cuda:1'"),
+    ({"log_to": "wandbs"}, "log_to.*tensorboard.*wandb.*trackio.*'wandbs'"),
+]
 
 
-@pytest.mark.parametrize(
-    "variable, text, message",
-    [
-        ("RLHF_PPO_EPISODE", "512", "RLHF_PPO_EPISODE.*'ppo_episodes'"),
-        ("RLHF_PPO_EPISODES", "many", "ppo_episodes must be a whole number.*'many'"),
-        ("RLHF_PPO_EPISODES", "51.2", "ppo_episodes must be a whole number.*'51.2'"),
-        ("RLHF_KL_COEF", "low", "kl_coef must be a number.*'low'"),
-        (
-            "RLHF_PPO_EPISODES",
-            "100",
-            r"ppo_episodes \(100\) must be a multiple of ppo_",
-        ),
-        ("RLHF_PPO_LR", "0", "ppo_lr must be above 0.*0"),
-        ("RLHF_PPO_LR", "inf", "ppo_lr must be finite.*inf"),
-        ("RLHF_PPO_LR", "nan", "ppo_lr must be finite.*nan"),
-        ("RLHF_MISSING_EOS_SCORE", "nan", "missing_eos_score must be finite"),
-        ("RLHF_KL_COEF", "-1", "kl_coef must be 0 or more.*-1"),
-        ("RLHF_GAE_LAMBDA", "1.5", "gae_lambda must be from 0 to 1.*1.5"),
-        ("RLHF_PROMPT_MAX_TOKENS", "1", "prompt_max_tokens.*prompt_min_tokens"),
-        ("RLHF_PRECISION", "int8", "precision.*'int8'"),
-        ("RLHF_DEVICE", "gpu", "device must be auto, cpu, cuda or mps, got 'gpu'"),
-        ("RLHF_LOG_TO", "wandbs", "log_to must be empty, tensorboard, wandb or track"),
-        ("RLHF_DEVICE", "cuda:1", "device must be auto, cpu, .*'cuda:1'"),
-        ("RLHF_PRESETS", "1", "RLHF_PRESETS.*there is no setting 'presets'"),
-        ("RLHF_MAX_TOKENS", "1", "max_tokens must be 2 or more.*1"),
-    ],
-)
 @pytest.mark.faults
-def test_bad_values_are_named(survived, variable, text, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        load_settings("full", {variable: text})
-    assert "\n" not in str(caught.value)
-    survived(f"setting {variable}={text}", str(caught.value))
+@pytest.mark.parametrize("changes, says", WRONG)
+def test_bad_values_are_named(survived, changes, says):
+    survived(f"settings {changes}", refused(says, load_settings, "full", changes))
 
 
-def test_an_adaptive_beta_cannot_start_at_zero():
-    with pytest.raises(ValueError, match="kl_target is 6.0 but kl_coef is 0"):
-        load_settings("full", {"RLHF_KL_TARGET": "6", "RLHF_KL_COEF": "0"})
-
-
-def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match="'tyni'.*'tiny'"):
-        load_settings("tyni", {})
-
-
-def test_what_a_setting_changes_is_said_once_for_each():
-    """What artefacts, runs and expected figures depend on, in one place."""
-    kinds = {name: set(TINY.that_change(name)) for name in ALL}
+def test_what_artefacts_depend_on_is_said_in_one_place():
+    found = {x: set(TINY.that_change(x)) for x in ("sft", "reward_model", "policy")}
     common = {"preset", "model_name", "dataset_name", "seed", "max_tokens"}
     common |= {"dataset_config", "text_column", "label_column", "positive_label"}
-    common |= {"negative_label", "train_split", "validation_split", "validation_share"}
-    common |= {"train_rows"}
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    sft = {name for name in fields if name.startswith("sft_")}
-    rm = {name for name in fields if name.startswith("rm_")}
-    free = {"runs_dir", "ppo_micro_batch_size", "frontier_rollouts", "best_of_n"}
-    free |= {"checkpoint_every", "device", "train_anyway", "race_rollouts", "log_to"}
-    free |= {"preference_pairs", "preference_rollouts", "dpo_lr", "dpo_beta"}
-    free |= {"adapter_rollouts", "process_rollouts"}
-    assert kinds["sft"] == common | sft
-    assert kinds["reward_model"] == common | rm
-    assert kinds["policy"] == fields - sft - rm - free - {"possible_samples"}
-    assert kinds["figures"] == fields - free - {"seed", "time_machine_prompts"}
-    assert TINY.that_change("sft")["sft_lr"] == TINY.sft_lr
+    common |= {"negative_label", "validation_split", "train_rows", "batch_size"}
+    sft, rm = ({n for n in FIELDS if n.startswith(x)} for x in ("sft_", "rm_"))
+    free = {"runs_dir", "device", "log_to", "train_anyway"}
+    free |= {"precision", "ppo_micro_batch_size"}
+    assert found["sft"] == common | sft and found["reward_model"] == common | rm
+    assert found["policy"] == {"preset", *FIELDS} - sft - rm - free
 
 
-def test_what_differs_from_the_preset_is_said():
-    assert TINY.changes == [] == FULL.changes
-    changed = dataclasses.replace(TINY, kl_coef=0.2, seed=7)
-    assert changed.changes == ["seed 7 instead of 42", "kl_coef 0.2 instead of 0.1"]
-
-
-def test_a_setting_that_did_not_exist_yet_was_at_its_default():
-    """What was made before is still taken up, and only with the defaults."""
-    then = {"preset": "tiny", "kl_coef": 0.3}
-    assert as_written(then) == dataclasses.asdict(
-        dataclasses.replace(TINY, kl_coef=0.3)
-    )
-    assert as_written({"kl_coef": 0.3}) == {"kl_coef": 0.3}  # of what preset?
+def test_the_first_cell_stands_above_the_shell(world, monkeypatch, capsys, tmp_path):
+    """And what differs from the preset is printed."""
+    names = {"model_name": str(world / "model"), "dataset_name": str(world / "dataset")}
+    names["runs_dir"] = str(tmp_path)
+    monkeypatch.setenv("RLHF_PRESET", "tiny")
+    settings, _ = prepare("policy", "", {"kl_coef": 0.25, **names})
+    assert settings == dataclasses.replace(TINY, kl_coef=0.25, **names)
+    said = capsys.readouterr().out
+    assert "preset: tiny" in said and "'kl_coef': 0.25" in said
+    assert prepare("policy", "full", names)[0].preset == "full"
+    refused("'tyni'.*'tiny'", prepare, "policy", "tyni")
+    refused("'kl'", prepare, "policy", "", {"kl": 1})

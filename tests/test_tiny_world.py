@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from practice import tiny_world
 from utils.data import clean, load_reviews, load_tokenizer
-from utils.practice import tiny_world
 from utils.settings import FULL, TINY
 
 
