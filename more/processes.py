@@ -27,17 +27,15 @@ from accelerate.utils import pad_across_processes as pad
 from torch.distributed.elastic.multiprocessing import api, errors
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from practice.cells import LOOP, import_cells
+from more.common import SERIES
+from practice.cells import import_cells
 from utils import runs
 from utils.__main__ import parse
 from utils.evaluation import expected, figures_table
 from utils.rollout import Rollout
 
-# What notebook 3 does before its loop: load, score, and look whether PPO can learn
-CELLS = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
-CELLS += (*LOOP, "judges", "evaluate", "start", "preflight", "preflight-learn")
-CODE = ("fresh_run", "prompts_of", "score", "collect_rollout", "ppo_advantages")
-CODE += ("gradients", "ppo_update", "train")
+# What notebook 3 does before its loop; at last it looks whether PPO can learn
+CELLS = (*SERIES, "start", "preflight", "preflight-learn")
 
 
 def collect_together(
@@ -94,9 +92,14 @@ def train_together(settings):
     names = {"settings": settings, "device": device}
     with contextlib.redirect_stdout(None):  # tqdm, and nothing else, goes on to stderr
         found = import_cells(runs.NOTEBOOKS["3"], *CELLS, names=names)
-    lesson, code = SimpleNamespace(**found), [*map(found.get, CODE), train_together]
-    inputs = lesson.reference, lesson.reward_model, lesson.train_prompts
-    checkpoint = runs.Checkpoint(run := lesson.run, settings, code, inputs)
+    three = SimpleNamespace(**found)
+    given = three.reference, three.score, three.prompts_of, three.eos_id, settings
+    collect = partial(collect_together, three.collect_rollout)
+    gradients = partial(gradients_together, three.gradients)
+    how = three.ppo_advantages, partial(three.ppo_update, gradients=gradients)
+    code = three.fresh_run, three.prompts_of, three.score, three.train, *how, collect
+    inputs = three.reference, three.reward_model, three.train_prompts
+    checkpoint = runs.Checkpoint(run := three.run, settings, code, inputs)
     checkpoint.path = settings.folder / "ppo_processes.pt"
     with state.main_process_first():  # it renames one of another run
         checkpoint.restore()
@@ -107,15 +110,11 @@ def train_together(settings):
             tracker.log(run.history[-1], step=step)
         checkpoint.save()
 
-    given = lesson.reference, lesson.score, lesson.prompts_of, lesson.eos_id, settings
-    gradients = partial(gradients_together, lesson.gradients)
-    how = lesson.ppo_advantages, partial(lesson.ppo_update, gradients=gradients)
-    collect = partial(collect_together, lesson.collect_rollout)
-    lesson.train(run, *given, *how, pause if state.is_main_process else None, collect)
+    three.train(run, *given, *how, pause if state.is_main_process else None, collect)
     if state.is_main_process:
-        after, _ = lesson.evaluate(run.policy)
+        after, _ = three.evaluate(run.policy)
         metrics = {"after": after, "history": run.history, "seconds": run.seconds}
-        what = "policy_processes", run.policy.lm, lesson.tokenizer, metrics
+        what = "policy_processes", run.policy.lm, three.tokenizer, metrics
         print(figures_table({}, after, expected(settings)))
         print(f"saved to {runs.save_artefact(settings, *what)}")
     state.destroy_process_group()
