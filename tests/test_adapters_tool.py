@@ -24,7 +24,7 @@ SAID = {
 def test_three_seeds_of_each_are_run_and_none_twice(tmp_path, monkeypatch):
     asked, path, limit = [], tmp_path / adapters.RESULTS, [4]
 
-    def measure(three, seven, layout, rank, seed):
+    def measure(three, eight, layout, rank, seed):
         if len(asked) in limit:
             raise KeyboardInterrupt(limit.pop())
         asked.append((layout, rank, seed))

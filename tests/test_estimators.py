@@ -99,6 +99,6 @@ def test_a_group_that_cannot_be_compared_is_said_before(name, group, pieces, say
 
 
 def test_a_group_is_one_prompt_again_and_again():
-    in_groups = import_cells(NOTEBOOKS["4"], "in-groups")["in_groups"]
+    in_groups = import_cells(NOTEBOOKS["5"], "in-groups")["in_groups"]
     prompts = in_groups(lambda step: [[step, i] for i in range(6)], 3)
     assert prompts(7) == [[7, 0]] * 3 + [[7, 3]] * 3

@@ -169,7 +169,7 @@ def learn(beta, seed, name="PPO", token_rewards=token_rewards):
     """What an estimator reaches in one world, as a share of what there is to gain."""
     torch.set_num_threads(1)
     cells = ("loop", "train-exactly", "whole-response", "grpo-policy-loss", "ways")
-    lesson = import_cells(NOTEBOOKS["4"], *cells)
+    lesson = import_cells(NOTEBOOKS["5"], *cells)
     lesson["lesson3"].ppo_advantages.__globals__["token_rewards"] = token_rewards
     advantages, update, own = lesson["ways"](4)[name]
     world, options = exact_world.ExactWorld(seed), {"seed": seed, **own}

@@ -297,17 +297,17 @@ def test_a_sick_start_is_named_and_a_healthy_one_is_not(infect, wrong):
 
 
 class Run(OneBase):
-    """What notebook 7 trains, for a very small model; cut off after some rollouts."""
+    """What notebook 8 trains, for a very small model; cut off after some rollouts."""
 
     def __init__(self, folder, until=4):
         super().__init__()
         settings = dataclasses.replace(SETTINGS, ppo_episodes=96, runs_dir=str(folder))
         settings.folder.mkdir(parents=True, exist_ok=True)
         three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
-        own = ("more/7-Adapters.ipynb", "fresh-adapter-run")
-        seven = import_cells(*own, names={"lesson3": three})
+        own = ("more/8-Adapters.ipynb", "fresh-adapter-run")
+        eight = import_cells(*own, names={"lesson3": three})
         self.before = copy.deepcopy(self.lm.state_dict())
-        self.run = seven["fresh_adapter_run"](self.policy.lm, settings)
+        self.run = eight["fresh_adapter_run"](self.policy.lm, settings)
         self.trained = free(self.run.policy)
         how = (three.ppo_advantages, three.ppo_update)
         inputs = (self.reference, self.reward_model)

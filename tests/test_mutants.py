@@ -88,7 +88,7 @@ def changed(source, old, new):
 def change_cell(monkeypatch, cell_id, old, new):
     """Whoever reads the notebook from now on finds this cell changed."""
     read = nbformat.read
-    lesson = NOTEBOOKS["5" if cell_id == "train-dpo" else "3"]
+    lesson = NOTEBOOKS["6" if cell_id == "train-dpo" else "3"]
 
     def read_changed(path, *arguments, **options):
         notebook = read(path, *arguments, **options)

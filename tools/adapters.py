@@ -1,6 +1,6 @@
 """PPO with adapters in the tiny world: `python -m tools.adapters`.
 
-The layouts are those of `more/7-Adapters.ipynb`, which shows what this command
+The layouts are those of `more/8-Adapters.ipynb`, which shows what this command
 measures: three seeds of each rank and layout. It takes the SFT model and the reward
 model of `runs/tiny`, trains the reward adapters, and writes `docs/adapters.json` after
 each run; what stands there is not run again (delete the file to begin anew). Full
@@ -24,7 +24,7 @@ from utils.runs import ROOT, prepare
 from utils.settings import TINY
 
 RESULTS = "docs/adapters.json"
-LESSON = "more/7-Adapters.ipynb"
+LESSON = "more/8-Adapters.ipynb"
 # The better of 1e-3 and 2e-3 on seed 100, layout 3, rank 16: J 0.54 against 0.51
 RATE, SEEDS = 2e-3, range(3)
 RACED = ((3, 16), (2, 16), (3, 1), (3, 4), (1, 16))  # layout and rank
@@ -33,7 +33,7 @@ CELLS += ("fresh-adapter-run", "train-in")
 
 
 def lessons() -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Functions and models of notebook 3, and the layouts of notebook 7."""
+    """Functions and models of notebook 3, and the layouts of notebook 8."""
     settings, device = prepare("policy", TINY.preset)
     three = notebook_3(settings, device)
     three.possible = three.reference_scores(three.held_out, settings.possible_samples)
@@ -42,10 +42,10 @@ def lessons() -> tuple[SimpleNamespace, SimpleNamespace]:
     return three, SimpleNamespace(**import_cells(LESSON, *CELLS, names=names))
 
 
-def measure(three, seven, layout, rank, seed) -> dict:
+def measure(three, eight, layout, rank, seed) -> dict:
     """The figures of one run, as notebook 3's own models and judges see it."""
     own = dataclasses.replace(three.settings, seed=seed, ppo_lr=RATE)
-    run, *_ = seven.train_in(layout, rank, own)
+    run, *_ = eight.train_in(layout, rank, own)
     figures, _ = three.evaluate(run.policy, show_progress=False)
     means = figures["score"], figures["kl"]
     figures |= gain_in_objective(*means, three.possible, own.kl_coef)
@@ -61,14 +61,14 @@ def main(argv=None):
     path = ROOT / RESULTS
     found = json.loads(path.read_text("utf8")) if path.exists() else {}
     with contextlib.redirect_stdout(io.StringIO()):  # the lessons' own bars
-        three, seven = lessons()
-        found |= {"rate": RATE, "reward accuracy": seven.accuracies}
+        three, eight = lessons()
+        found |= {"rate": RATE, "reward accuracy": eight.accuracies}
         layouts = found.setdefault("layouts", {})
         todo = [(*way, i) for way in RACED for i in range(len(SEEDS))]
         for layout, rank, i in tqdm(todo, file=sys.stderr):
             runs = layouts.setdefault(f"layout {layout}, rank {rank}", {})
             if len(runs.get("score", ())) == i:
-                for figure, x in measure(three, seven, layout, rank, SEEDS[i]).items():
+                for figure, x in measure(three, eight, layout, rank, SEEDS[i]).items():
                     runs.setdefault(figure, []).append(x)
                 write_text(path, json.dumps(rounded(found)) + "\n")
 

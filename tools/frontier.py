@@ -1,6 +1,6 @@
 """The frontier over several seeds: `python -m tools.frontier`.
 
-What `more/6-Frontier.ipynb` shows beside its own run, in the tiny world: PPO, RLOO and
+What `more/7-Frontier.ipynb` shows beside its own run, in the tiny world: PPO, RLOO and
 DPO at several prices of KL, each with as many responses; best-of-n, and the best
 possible. PPO and RLOO take group and learning rate from `docs/race.json`; for DPO a
 small search chooses. It takes the SFT model and the reward model of `runs/tiny`, and
@@ -56,8 +56,8 @@ def lessons(seed) -> SimpleNamespace:
     names = {"settings": own, "device": device, "lesson3": three, "evaluate": evaluate}
     names |= {"tokenizer": three.tokenizer, "eos_id": three.eos_id}
     names |= {"train_as": four.train_as}
-    names |= import_cells(NOTEBOOKS["6"], "frontier-point", names=names)
-    names |= import_cells(NOTEBOOKS["5"], *DPO, names=names)
+    names |= import_cells(NOTEBOOKS["7"], "frontier-point", names=names)
+    names |= import_cells(NOTEBOOKS["6"], *DPO, names=names)
     return SimpleNamespace(**names)
 
 

@@ -1,7 +1,7 @@
 """What PPO takes in memory, at its peak: `python -m tools.peaks`.
 
 Models of random numbers, of three sizes, in full fine-tuning and in layout 2 of
-`more/7-Adapters.ipynb`, by the loop of notebook 3; each in a process of its own.
+`more/8-Adapters.ipynb`, by the loop of notebook 3; each in a process of its own.
 Counted is what PyTorch allocates, by its profiler; beside it stands the most that the
 process held, Python and libraries included. They go to `docs/peaks.json`, and the tests
 compare them with `layout_memory`. What stands there is not measured again.
@@ -93,8 +93,8 @@ def measure(config, settings, layout: int) -> dict:
     three = SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
     reference, reward_model = freeze(reference), freeze(RewardModel(judge.base_model))
     names = {"lesson3": three}
-    seven = import_cells("more/7-Adapters.ipynb", "fresh-adapter-run", names=names)
-    run = seven["fresh_adapter_run"](policy, settings)
+    eight = import_cells("more/8-Adapters.ipynb", "fresh-adapter-run", names=names)
+    run = eight["fresh_adapter_run"](policy, settings)
     eos_id, size = config.vocab_size - 1, settings.prompt_max_tokens
     prompts = torch.randint(0, eos_id, (settings.ppo_rollout_size, size)).tolist()
 

@@ -18,9 +18,9 @@ from utils.settings import TINY
 
 
 def plot_exact_world():
-    """What PPO finds in the exact world, as in notebook 4, which is run for it."""
+    """What PPO finds in the exact world, as in notebook 5, which is run for it."""
     cells = ("loop", "exact-world", "exact-objective", "train-exactly")
-    return import_cells(NOTEBOOKS["4"], *cells, "exact-result", "exact-plot")["figure"]
+    return import_cells(NOTEBOOKS["5"], *cells, "exact-result", "exact-plot")["figure"]
 
 
 def main():

@@ -1,6 +1,6 @@
 """Learning from pairs, over several seeds: `python -m tools.preferences`.
 
-What `more/5-Preferences.ipynb` shows beside its own run: the learning curve of the
+What `more/6-Preferences.ipynb` shows beside its own run: the learning curve of the
 reward model on pairs in the tiny world, three seeds, and notebook 3's whole run of PPO
 on the last of each; and DPO in five exact worlds, with PPO beside it. The functions are
 the notebook's. It takes the SFT model and the reward model of `runs/tiny`, and writes
@@ -41,7 +41,7 @@ def lesson() -> SimpleNamespace:
     three = notebook_3(settings, device)
     names = {"settings": settings, "device": device, "lesson3": three}
     names |= {"tokenizer": three.tokenizer, "eos_id": three.eos_id}
-    return SimpleNamespace(**import_cells(NOTEBOOKS["5"], *FUNCTIONS, names=names))
+    return SimpleNamespace(**import_cells(NOTEBOOKS["6"], *FUNCTIONS, names=names))
 
 
 def curve(seed) -> dict:
@@ -49,23 +49,23 @@ def curve(seed) -> dict:
 
     And the figures of PPO on the reward model that learnt from the most.
     """
-    five = lesson()
-    three = five.lesson3
-    pairs = five.sample_pairs(three.reference, three.train_prompts, seed)
-    train, test = split_by_prompt(five.label(pairs, seed), MEASURED_ON, seed)
-    texts = five.both_texts(test)
-    utilities = five.utility(texts).view(-1, 2)
+    six = lesson()
+    three = six.lesson3
+    pairs = six.sample_pairs(three.reference, three.train_prompts, seed)
+    train, test = split_by_prompt(six.label(pairs, seed), MEASURED_ON, seed)
+    texts = six.both_texts(test)
+    utilities = six.utility(texts).view(-1, 2)
 
     def agreement(model):
-        scores = five.score_texts(model, texts).view(-1, 2)
+        scores = six.score_texts(model, texts).view(-1, 2)
         return agreement_with_labeller(utilities, scores)
 
     labels, ceiling = agreement(three.reward_model)
     found = {"labels": labels, "ceiling": ceiling, "agreement": {}}
     for size in SIZES:
-        model, _ = five.train_on_pairs(train[:size], seed)
+        model, _ = six.train_on_pairs(train[:size], seed)
         found["agreement"][str(size)] = agreement(model)[0]
-    run = five.ppo_on(freeze(model), replace(five.settings, seed=seed))
+    run = six.ppo_on(freeze(model), replace(six.settings, seed=seed))
     figures, _ = three.evaluate(run.policy, show_progress=False)
     return {**found, "ppo": {name: figures[name] for name in FIGURES}}
 
@@ -74,20 +74,20 @@ def exact(seed) -> dict[str, dict[str, float]]:
     """What DPO reaches in an exact world, and PPO with as many responses: by price."""
     alone()
     cells = ("exact-pairs", "exact-some-pairs")
-    five = SimpleNamespace(**import_cells(NOTEBOOKS["5"], *cells))
+    six = SimpleNamespace(**import_cells(NOTEBOOKS["6"], *cells))
     three = SimpleNamespace(**import_cells(NOTEBOOKS["3"], *LOOP))
     names = {"lesson3": three, "exact_world": exact_world}
-    four = import_cells(NOTEBOOKS["4"], "train-exactly", names=names)
+    five = import_cells(NOTEBOOKS["5"], "train-exactly", names=names)
     found, world = defaultdict(dict), exact_world.ExactWorld(seed)
     for beta in EXACT_BETAS:
-        lm = five.train_exact_dpo(world, *five.every_pair(world), beta)
+        lm = six.train_exact_dpo(world, *six.every_pair(world), beta)
         found["DPO, all pairs"][str(beta)] = world.reached(lm, beta)
     for n, episodes, size in SAMPLED:
-        pairs = five.some_pairs(world, n, seed)
-        lm = five.train_exact_dpo(world, *pairs, EXACT_BETA)
+        pairs = six.some_pairs(world, n, seed)
+        lm = six.train_exact_dpo(world, *pairs, EXACT_BETA)
         found[f"DPO, {n:,} pairs"][str(EXACT_BETA)] = world.reached(lm, EXACT_BETA)
         own = {"ppo_episodes": episodes, "ppo_rollout_size": size}
-        lm = four["train_exactly"](world, EXACT_BETA, three.ppo_advantages, **own).lm
+        lm = five["train_exactly"](world, EXACT_BETA, three.ppo_advantages, **own).lm
         name = f"PPO, {episodes:,} responses"
         found[name][str(EXACT_BETA)] = world.reached(lm, EXACT_BETA)
     return dict(found)

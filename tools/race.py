@@ -1,6 +1,6 @@
 """REINFORCE, RLOO, GRPO and PPO in the tiny world: `python -m tools.race`.
 
-The estimators are those of `more/4-Estimators.ipynb`, which shows what this command
+The estimators are those of `more/5-Estimators.ipynb`, which shows what this command
 measures. A small search chooses learning rate and group size of each; then come five
 seeds of each, GRPO on the grammar as reward, and the exact worlds. It takes the SFT
 model and the reward model of `runs/tiny`, and writes `docs/race.json`.
@@ -42,11 +42,11 @@ def alone():
 
 
 def lessons(settings, device) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """The functions and models of notebook 3, and the estimators of notebook 4."""
+    """The functions and models of notebook 3, and the estimators of notebook 5."""
     three = notebook_3(settings, device)
     names = {"device": device, "lesson3": three, "series": three}
     cells = (*METHODS, "in-groups", "train-as", "grammar-score")
-    return three, SimpleNamespace(**import_cells(NOTEBOOKS["4"], *cells, names=names))
+    return three, SimpleNamespace(**import_cells(NOTEBOOKS["5"], *cells, names=names))
 
 
 def race(name, k, rate, seed, reward="reward model") -> dict:
@@ -54,11 +54,11 @@ def race(name, k, rate, seed, reward="reward model") -> dict:
     alone()
     torch.manual_seed(seed)
     settings, device = prepare("policy", TINY.preset)
-    three, four = lessons(settings, device)
+    three, five = lessons(settings, device)
     own = replace(settings, seed=seed, ppo_lr=rate)
-    score = {"reward model": three.score, "grammar": four.grammar_score}[reward]
+    score = {"reward model": three.score, "grammar": five.grammar_score}[reward]
     started = time.process_time()  # on one core, so that a busy machine tells the same
-    run = four.train_as(name, k, score, own)
+    run = five.train_as(name, k, score, own)
     seconds = time.process_time() - started
     figures, _ = three.evaluate(run.policy, show_progress=False)
     scores = three.reference_scores(three.held_out, settings.possible_samples)
@@ -74,10 +74,10 @@ def exact(name, world, beta) -> float:
     alone()
     three = SimpleNamespace(**import_cells(NOTEBOOKS["3"], *LOOP))
     names = {"lesson3": three, "exact_world": exact_world}
-    four = import_cells(NOTEBOOKS["4"], *METHODS, "train-exactly", names=names)
-    advantages, update, own = four["ways"](EXACT_GROUP)[name]
+    five = import_cells(NOTEBOOKS["5"], *METHODS, "train-exactly", names=names)
+    advantages, update, own = five["ways"](EXACT_GROUP)[name]
     small = exact_world.ExactWorld(world)
-    policy = four["train_exactly"](small, beta, advantages, update, **own)
+    policy = five["train_exactly"](small, beta, advantages, update, **own)
     return small.reached(policy.lm, beta)
 
 

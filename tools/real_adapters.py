@@ -2,7 +2,7 @@
 
 What `tools.real_run` did with three models, done again with the weights of one: on its
 SFT model a reward adapter is trained, and then a policy adapter (layout 2 of
-`more/7-Adapters.ipynb`, by that notebook's functions). SFT is not done again, so that
+`more/8-Adapters.ipynb`, by that notebook's functions). SFT is not done again, so that
 both ways begin at the same model and differ in nothing but the adapters; and full
 fine-tuning's reward model and judge look at both.
 
@@ -43,13 +43,13 @@ from utils.training import seed_everything
 
 RESULTS = FOLDER / "adapters.json"
 OURS = Path("runs/real-adapters")
-LESSON = "more/7-Adapters.ipynb"
+LESSON = "more/8-Adapters.ipynb"
 BUILD = ("reward-adapter", "reward-on", "build", "fresh-adapter-run")
 START = ("prompts", "prompts-of", "batch", "score", "score-function", *LOOP)
-ON_THE_BASE = "on-the-sft-model"  # what notebook 7 calls the reward adapter of layout 2
+ON_THE_BASE = "on-the-sft-model"  # what notebook 8 calls the reward adapter of layout 2
 RANK = 16  # of the policy's adapter
 TEXTS = 64  # on which a model in 4 bits is compared
-# Ten times full fine-tuning's; notebook 7 takes three times rm_lr
+# Ten times full fine-tuning's; notebook 8 takes three times rm_lr
 RATES = {"rm_lr": 10 / 3 * FULL.rm_lr, "ppo_lr": 10 * FULL.ppo_lr}
 
 
@@ -58,17 +58,17 @@ def read(path):
     return json.loads((ROOT / path).read_text("utf8"))
 
 
-def lesson7(ours: Settings, device, lesson3) -> SimpleNamespace:
-    """Layout 2 of notebook 7, with these settings, and `lesson3` for notebook 3."""
+def lesson8(ours: Settings, device, lesson3) -> SimpleNamespace:
+    """Layout 2 of notebook 8, with these settings, and `lesson3` for notebook 3."""
     names = {"settings": ours, "device": device, "lesson3": lesson3}
     return SimpleNamespace(**import_cells(LESSON, *BUILD, names=names))
 
 
 def train_reward(theirs: Settings, ours: Settings, device):
     """A reward adapter on the SFT model, with its accuracy beside it."""
-    seven = lesson7(ours, device, None)
-    place = seven.ADAPTERS / ON_THE_BASE
-    accuracy = seven.train_reward_adapter(str(theirs.folder / "sft"), place)
+    eight = lesson8(ours, device, None)
+    place = eight.ADAPTERS / ON_THE_BASE
+    accuracy = eight.train_reward_adapter(str(theirs.folder / "sft"), place)
     whole = read(theirs.folder / "reward_model/metrics.json")
     known = {key: whole[key] for key in ("baseline", "validation_rows")}
     metrics = {**known, "after": {"accuracy": accuracy}}
@@ -83,9 +83,9 @@ def train_policy(theirs: Settings, ours: Settings, device):
     """
     sft_folder = str(theirs.folder / "sft")
     three = SimpleNamespace(sft_folder=sft_folder)
-    seven = lesson7(ours, device, three)
+    eight = lesson8(ours, device, three)
     seed_everything(ours.seed)
-    policy, reference, reward_model, _ = seven.build(2, RANK)
+    policy, reference, reward_model, _ = eight.build(2, RANK)
     names = {
         "settings": ours,
         "device": device,
@@ -93,30 +93,30 @@ def train_policy(theirs: Settings, ours: Settings, device):
     }
     names |= {"reference": reference, "reward_model": reward_model}
     vars(three).update(import_cells("3-RLHF.ipynb", *START, names=names))
-    run, rest = seven.fresh_adapter_run(policy, ours), (three.eos_id, ours)
+    run, rest = eight.fresh_adapter_run(policy, ours), (three.eos_id, ours)
 
     few = three.prompts_of(0)[: ours.ppo_micro_batch_size]
     models = (reference, three.score)
     trial = three.collect_rollout(run.policy, *models, few, *rest, run.generator)
     run.generator.manual_seed(ours.seed)  # as notebook 3 does
     checks = adapter_checks(run.policy, reference, reward_model, trial, ours)
-    names = {"taken_for_granted": checks, "reward_folder": seven.ADAPTERS / ON_THE_BASE}
+    names = {"taken_for_granted": checks, "reward_folder": eight.ADAPTERS / ON_THE_BASE}
     import_cells("3-RLHF.ipynb", "preflight-learn", names=vars(three) | names)
 
     how = (three.ppo_advantages, three.ppo_update)
-    code = (seven.fresh_adapter_run, three.prompts_of, three.score, three.train, *how)
+    code = (eight.fresh_adapter_run, three.prompts_of, three.score, three.train, *how)
     inputs = (reference, reward_model, three.train_prompts)
     checkpoint = Checkpoint(run, ours, code, inputs, every=2)
     checkpoint.restore()
     models = (reference, three.score, three.prompts_of)
     three.train(run, *models, *rest, *how, pause=lambda step: checkpoint.save())
 
-    save_adapter(run.policy.lm, "policy", seven.ADAPTERS / "policy")
+    save_adapter(run.policy.lm, "policy", eight.ADAPTERS / "policy")
     saved = load_causal_lm(sft_folder).state_dict()
     now = reference.state_dict().items()
     moved = sum(not torch.equal(weight.cpu(), saved[name]) for name, weight in now)
     metrics = {"ppo_seconds": run.seconds, "moved": moved, "history": run.history}
-    write_text(seven.ADAPTERS / "policy/metrics.json", json.dumps(metrics))
+    write_text(eight.ADAPTERS / "policy/metrics.json", json.dumps(metrics))
 
 
 def judge(theirs: Settings, ours: Settings, device):

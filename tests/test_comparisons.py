@@ -1,4 +1,4 @@
-"""The functions of notebook 5 that no other file has, and a person's way through it."""
+"""The functions of notebook 6 that no other file has, and a person's way through it."""
 
 import shutil
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from utils.models import freeze, load_causal_lm
 from utils.runs import NOTEBOOKS
 from utils.settings import TINY
 
-LESSON = NOTEBOOKS["5"]
+LESSON = NOTEBOOKS["6"]
 TEXTS = ("the plot", " is dull .", " is never dull , but the cast is lazy .")
 TEXTS += ("from start to finish , the humor", " is witty .", " bores .")
 NAMES = ("prompt", "chosen", "rejected")
