@@ -7,10 +7,13 @@ it asks again. `labelling_box` shows that with buttons and keys in a notebook.
 import html
 import json
 import math
+import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import ipywidgets
 
 from more.preferences import append_line, append_pair, read_pairs
 
@@ -87,13 +90,13 @@ class Labeller:
             kind: path.with_name(f"{path.stem}{end}.jsonl")
             for kind, end in ends.items()
         }
-        self.questions, self.faults, self._next = questions, [], 0
+        self.questions, self.faults = questions, []
         found = self._read()
         # By key: the text that was chosen, None for a skip
         self.answers = {q.key: found[q.key] for q in questions if q.key in found}
 
     def _read(self) -> dict:
-        found = {}
+        found, skipped = {}, self.files["skip"]
         for kind in ("pairs", "again"):
             if self.files[kind].exists():
                 pairs, faults = read_pairs(self.files[kind])
@@ -101,28 +104,23 @@ class Labeller:
                 for pair in pairs:
                     texts = frozenset((pair["chosen"], pair["rejected"]))
                     found[pair["prompt"], texts, kind == "again"] = pair["chosen"]
-        if self.files["skip"].exists():
-            for line in self.files["skip"].read_text("utf8").split("\n")[:-1]:
-                skipped = Question(**json.loads(line))
-                found.setdefault(skipped.key, None)
-        return found
+        lines = skipped.read_text("utf8").split("\n")[:-1] if skipped.exists() else []
+        return {Question(**json.loads(line)).key: None for line in lines} | found
+
+    def _is_open(self, question) -> bool:
+        """Whether it has no answer; what was skipped is not repeated."""
+        skipped = self.answers.get((*question.key[:2], False), "") is None
+        return question.key not in self.answers and not (question.again and skipped)
 
     @property
     def question(self) -> Question | None:
         """What to ask now; None when everything is answered."""
-        while self._next < len(self.questions):
-            question = self.questions[self._next]
-            # What was skipped is not repeated
-            skipped = self.answers.get((*question.key[:2], False), "") is None
-            if question.key not in self.answers and not (question.again and skipped):
-                return question
-            self._next += 1
-        return None
+        return next(filter(self._is_open, self.questions), None)
 
     @property
     def done(self) -> int:
         """How many questions are behind."""
-        return len(self.questions) if self.question is None else self._next
+        return (*self.questions, None).index(self.question)
 
     def answer(self, key: str):
         """Take an answer: 1 (left), 2 (right), s (skip) or u (undo the last one).
@@ -148,13 +146,10 @@ class Labeller:
     def _undo(self):
         if not self.answers:
             raise ValueError("there is no answer to undo; answer 1, 2 or s first")
-        key, chosen = self.answers.popitem()
-        kind = "skip" if chosen is None else "again" if key[2] else "pairs"
-        lines = self.files[kind].read_bytes().split(b"\n")[:-1]
-        kept = b"".join(line + b"\n" for line in lines[:-1])
-        with self.files[kind].open("r+b") as file:
-            file.truncate(len(kept))
-        self._next = [question.key for question in self.questions].index(key)
+        (*_, again), chosen = self.answers.popitem()
+        file = self.files["skip" if chosen is None else "again" if again else "pairs"]
+        before_the_last = file.read_bytes().rpartition(b"\n")[0].rfind(b"\n") + 1
+        os.truncate(file, before_the_last)
 
     def report(self) -> dict[str, float]:
         """How the labeller does, as figures.
@@ -191,57 +186,56 @@ def describe(report: dict[str, float]) -> str:
     return said
 
 
-def labelling_box(labeller: Labeller):
+def labelling_box(labeller: Labeller) -> ipywidgets.Widget:
     """A widget that puts the labeller's questions: two texts, buttons, keys, progress.
 
     With ipywidgets 7.7 or newer, which `jupyter` and Colab bring. For the keys, click
     into the field below the buttons; it takes 1, 2, s and u.
     """
-    import ipywidgets as widgets
-
-    wide, half = widgets.Layout(width="98%"), widgets.Layout(width="48%")
-    prompt, status = widgets.HTML(), widgets.HTML()
-    sides = [widgets.HTML(layout=half) for _ in range(2)]
-    bar = widgets.IntProgress(max=len(labeller.questions), layout=wide)
+    total, wide = len(labeller.questions), {"width": "98%"}
+    texts, status = ipywidgets.HTML(layout=wide), ipywidgets.HTML()
+    bar = ipywidgets.IntProgress(max=total, layout=wide)
     names = ("1: the left", "2: the right", "s: skip", "u: undo")
-    buttons = [widgets.Button(description=name) for name in names]
-    field = widgets.Text(placeholder="click here for the keys 1, 2, s, u")
+    buttons = [ipywidgets.Button(description=name) for name in names]
+    field = ipywidgets.Text(placeholder="click here for the keys 1, 2, s, u")
 
     def show(said=""):
-        question = labeller.question
-        asked = question or Question("", "", "")
-        for number, side in enumerate(sides, 1):
-            text = (asked.left, asked.right)[number - 1]
-            side.value = (
-                f"<div style='border:1px solid #8a8a8a;padding:8px;margin:4px'>"
-                f"<b>{number}</b><br>{html.escape(asked.prompt)}"
-                f"<b>{html.escape(text)}</b></div>"
+        if question := labeller.question:
+            asked = question.prompt, question.left, question.right
+            prompt, *sides = map(html.escape, asked)
+            cells = "".join(
+                '<td style="width:48%;border:1px solid #8a8a8a;padding:8px;'
+                f'text-align:left"><b>{n}</b><br>{prompt}<b>{side}</b></td>'
+                for n, side in enumerate(sides, start=1)
             )
-        begin = f"Which goes on better? <i>{html.escape(asked.prompt)} …</i>"
-        prompt.value = begin if question else "<b>All questions are answered.</b>"
+            texts.value = (
+                f"Which goes on better? <i>{prompt} …</i>"
+                f'<table style="width:100%"><tr>{cells}</tr></table>'
+            )
+        else:
+            texts.value = "<b>All questions are answered.</b>"
         bar.value = labeller.done
-        counted = f"{labeller.done} of {len(labeller.questions)}"
-        status.value = html.escape(said or f"{counted}: {describe(labeller.report())}")
+        so_far = f"{labeller.done} of {total}: {describe(labeller.report())}"
+        status.value = html.escape(said or so_far)
         for button in buttons[:3]:
             button.disabled = question is None
 
-    def take(key):
-        try:
-            labeller.answer(key)
-        except ValueError as error:
-            show(str(error))
-        else:
-            show()
+    def take(keys):
+        said = ""
+        for key in keys.strip().lower():
+            try:
+                labeller.answer(key)
+            except ValueError as error:
+                said = str(error)
+        show(said)
 
     def typed(change):
-        field.value = ""
-        for key in change["new"].strip().lower():
-            take(key)
+        if change["new"]:
+            field.value = ""
+            take(change["new"])
 
     for button, key in zip(buttons, KEYS, strict=True):
         button.on_click(lambda _, key=key: take(key))
-    field.observe(lambda change: change["new"] and typed(change), names="value")
+    field.observe(typed, names="value")
     show()
-    return widgets.VBox(
-        [prompt, widgets.HBox(sides), widgets.HBox(buttons), field, bar, status]
-    )
+    return ipywidgets.VBox([texts, ipywidgets.HBox(buttons), field, bar, status])
