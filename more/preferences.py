@@ -126,13 +126,11 @@ def append_line(path, thing: dict):
 
     A last line that a kill has cut off is taken away first.
     """
-    path, line = Path(path), json.dumps(thing, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("ab+") as file:
         file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0] + whole[1]))
-        file.write(line.encode() + b"\n")
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(thing, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
