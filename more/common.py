@@ -125,16 +125,11 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
         objective = score - beta kl = beta log mean_i exp(R_i / beta)
 
     K responses show no KL above log K; where the estimate comes near that, take more.
-    Raises ValueError if beta is not above 0 or a prompt has fewer than two responses.
+    Raises ValueError if beta is not above 0.
     """
     if kl_coef <= 0:
         raise ValueError(
             f"kl_coef must be above 0, got {kl_coef}; without a price take best-of-n"
-        )
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(
-            f"scores must be (prompts, responses), two responses at least, got "
-            f"{tuple(scores.shape)}"
         )
     logs = (scores.double() / kl_coef).log_softmax(dim=1)
     weights = logs.exp()

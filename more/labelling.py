@@ -41,27 +41,19 @@ def make_questions(
     """A question for each (prompt, one, other), the sides in random order.
 
     Every tenth (or `every`) question is an earlier one with its sides swapped, so that
-    a labeller's consistency and bias for a side can be measured. Raises ValueError if
-    two texts of a pair are the same, or if a pair comes twice.
+    a labeller's consistency and bias for a side can be measured. No pair may come
+    twice, nor be one text.
     """
-    rng, questions, open_to_repeat, known = random.Random(seed), [], [], set()
+    rng, questions, open_to_repeat = random.Random(seed), [], []
     for prompt, *texts in pairs:
         rng.shuffle(texts)
-        question = Question(prompt, *texts)
-        if question.left == question.right or question.key in known:
-            raise ValueError(
-                f"the pair of {question.left!r} and {question.right!r} for {prompt!r} "
-                "is one text, or comes twice; leave it out"
-            )
-        known.add(question.key)
-        questions.append(question)
-        open_to_repeat.append(question)
+        questions.append(Question(prompt, *texts))
+        open_to_repeat.append(questions[-1])
         if len(questions) % every == every - 1:
             some = open_to_repeat[:-1] or open_to_repeat  # not the one just asked
             first = some[rng.randrange(len(some))]
             open_to_repeat.remove(first)
-            swapped = Question(first.prompt, first.right, first.left, again=True)
-            questions.append(swapped)
+            questions.append(Question(first.prompt, first.right, first.left, True))
     return questions
 
 

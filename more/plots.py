@@ -153,13 +153,14 @@ def plot_frontier(points: dict[str, list[dict]]):
     of one point is a star, and the best possible a dashed line.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
-    figure, axes = subplots(plot_frontier, 1, len(judges), (4.2 * len(judges), 3.8))
+    size = 4.2 * len(judges), 3.8
+    figure, axes = subplots(plot_frontier, 1, len(judges), size, sharey=True)
     # By way also where its labels stand, so that two ways that cross can be read
     styles = iter([(BLUE, "o-", (0, 9)), (RED, "s-", (0, -9)), (GREEN, "^-", (10, -3))])
     drawn = {}
     for way, line in points.items():
         if way.startswith("best possible"):
-            drawn[way] = (GREY, "d--", (-6, 8))
+            drawn[way] = (GREY, "d--", (-8, 9))
         elif len(line) == 1:
             drawn[way] = ("black", "*", (9, 7))
         else:
@@ -169,11 +170,14 @@ def plot_frontier(points: dict[str, list[dict]]):
             line = sorted(points[way], key=lambda point: point["kl"])
             x, y = [one["kl"] for one in line], [one["shares"][judge] for one in line]
             axis.plot(x, y, style, markersize=7, color=colour, label=way)
-            for place, *at in zip(line, x, y, strict=True):
+            for i, (place, *at) in enumerate(zip(line, x, y, strict=True)):
                 options = {"textcoords": "offset points", "ha": "center"}
                 options |= {"va": "center", "fontsize": 8, "color": colour}
-                text = axis.annotate(place["label"], at, offset, **options)
+                # Those of the best possible lie close together
+                here = [(1 + i % 2 * (colour == GREY)) * shift for shift in offset]
+                text = axis.annotate(place["label"], at, here, **options)
                 text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        axis.margins(x=0.1, y=0.12)
         limits = axis.get_xlim()  # of the points: an interval may be longer than it
         for way, (colour, *_) in drawn.items():
             for one in (point for point in points[way] if "kl_95" in point):
@@ -181,7 +185,6 @@ def plot_frontier(points: dict[str, list[dict]]):
                 half = one["shares_95"][judge], one["kl_95"]
                 axis.errorbar(*at, *half, fmt="none", elinewidth=1, alpha=0.5, **bars)
         axis.set(title=judge, xlabel="KL to the SFT model [nats]", xlim=limits)
-        axis.sharey(axes[0])
     axes[0].set_ylabel("share judged positive")
     axes[1].legend(frameon=False, loc="lower right")
     return figure

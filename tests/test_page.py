@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from more.talk import Talk
-from tests.test_talk import talk  # noqa: F401
+from tests.more.test_talk import talk  # noqa: F401
 from tools import page
 
 TRACE = re.compile(r"Traceback|File \"|Error:|/(?:home|root|tmp|usr)/|\.py\b")
