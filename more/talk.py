@@ -217,10 +217,6 @@ def shaded_text(pieces: list[str], log_ratios: list[float]) -> str:
 
 
 def _shown(pieces, log_ratios):
-    if len(pieces) != len(log_ratios):
-        raise ValueError(
-            f"{len(pieces)} tokens need as many log-ratios, got {len(log_ratios)}"
-        )
     shown = (f" {EOS}" if piece == EOS else visible(piece) for piece in pieces)
     return zip(shown, log_ratios, strict=True)
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT, needs_posix, ours
 
-pytest.importorskip("accelerate", reason="several processes need accelerate")
 pytestmark = [pytest.mark.faults, pytest.mark.slow, needs_posix]
 
 

@@ -49,11 +49,8 @@ def folder(world, tmp_path_factory):
 def test_the_folder_is_plain_and_the_card_has_the_numbers_of_the_files(folder, world):
     lms = [AutoModelForCausalLM.from_pretrained(x) for x in (folder, world / "model")]
     torch.testing.assert_close(*(lm(torch.tensor([[5, 6]])).logits for lm in lms))
-    # No settings.json, which may name folders of this machine
-    assert not {"README.md", "tokenizer.json"} - {
-        file.name for file in folder.iterdir()
-    }
-    assert not (folder / "settings.json").exists()
+    assert (folder / "tokenizer.json").exists()
+    assert not (folder / "settings.json").exists()  # it may name folders here
     card = ModelCard.load(folder / "README.md")
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == AFTER
     rows = re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \|$", card.text, re.M)

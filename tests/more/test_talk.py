@@ -61,9 +61,8 @@ def test_a_reply_is_judged_as_by_hand(talk, temperature):
             (lm(ids).logits[0] / temperature).log_softmax(dim=-1)
             for lm in talk.models.values()
         )
-        by_hand = (after - before)[:-1].gather(1, ids[0, 1:, None])[
-            len(prompt) - 1 :, 0
-        ]
+        by_hand = (after - before)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        by_hand = by_hand[len(prompt) - 1 :]
         assert reply.log_ratios == pytest.approx(by_hand.tolist(), abs=1e-4)
         assert by_hand.abs().max() > 0.05
         raw = talk.reward_model(ids, torch.ones_like(ids)).item()
@@ -128,9 +127,8 @@ def test_what_is_shown_is_escaped_and_coloured_by_its_sign_and_size():
     ]  # fmt: skip
     text = shown.shaded_text([" so", " dull", "<i>", "EOS"], [0.04, -1.25, 0.05, 2])
     assert text == " so dull[-1.2]<i>[+0.1] EOS[+2.0]"
-    for shade in (shown.shaded_html, shown.shaded_text):
-        with pytest.raises(ValueError, match="2 tokens need as many .*, got 1"):
-            shade(["a", "b"], [0.0])
+    with pytest.raises(ValueError, match="shorter"):
+        shown.shaded_html(["a", "b"], [0.0])
     words = (["<script>alert(1)</script>"], [0.0], 0.0, 0.5, False)
     reply = Reply("<u>", "<img src=x onerror=alert(1)>", [1], *words)
     text, tags = read(shown.card(reply))
