@@ -5,7 +5,6 @@ it asks again. `labelling_box` shows that with buttons and keys in a notebook.
 """
 
 import html
-import json
 import math
 import os
 import random
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from more.preferences import append_line, append_pair, read_pairs
+from more.preferences import append_pair, read_pairs
 
 KEYS = ("1", "2", "s", "u")  # the left one, the right one, skip, undo
 
@@ -70,10 +69,9 @@ class Labeller:
     """Asks its questions in order, and has each answer on disk before the next.
 
     Answers go to `path` as pairs (JSON Lines of prompt, chosen, rejected), those to
-    repeated questions to `<name>.again.jsonl`, and what was skipped to
-    `<name>.skipped.jsonl`. A new `Labeller` with the same questions and path goes on
-    where an earlier one stopped. `faults` says which lines of the files it could not
-    read.
+    repeated questions to `<name>.again.jsonl`, and what was skipped, the left text
+    first, to `<name>.skipped.jsonl`. A new `Labeller` with the same questions and path
+    goes on where an earlier one stopped. `faults` says which lines it could not read.
     """
 
     def __init__(self, questions: list[Question], path):
@@ -82,22 +80,17 @@ class Labeller:
             kind: path.with_name(f"{path.stem}{end}.jsonl")
             for kind, end in ends.items()
         }
-        self.questions, self.faults = questions, []
-        found = self._read()
+        self.questions, self.faults, found = questions, [], {}
+        for kind, file in self.files.items():
+            pairs, faults = read_pairs(file) if file.exists() else ([], [])
+            self.faults += faults
+            for pair in pairs:
+                key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
+                # Who skips what he has answered skips it when it comes again
+                again = kind == "again" or kind == "skip" and (*key, False) in found
+                found[*key, again] = None if kind == "skip" else pair["chosen"]
         # By key: the text that was chosen, None for a skip
         self.answers = {q.key: found[q.key] for q in questions if q.key in found}
-
-    def _read(self) -> dict:
-        found, skipped = {}, self.files["skip"]
-        for kind in ("pairs", "again"):
-            if self.files[kind].exists():
-                pairs, faults = read_pairs(self.files[kind])
-                self.faults += faults
-                for pair in pairs:
-                    texts = frozenset((pair["chosen"], pair["rejected"]))
-                    found[pair["prompt"], texts, kind == "again"] = pair["chosen"]
-        lines = skipped.read_text("utf8").split("\n")[:-1] if skipped.exists() else []
-        return {Question(**json.loads(line)).key: None for line in lines} | found
 
     def _is_open(self, question) -> bool:
         """Whether it has no answer; what was skipped is not repeated."""
@@ -125,15 +118,14 @@ class Labeller:
             self._undo()
         elif (question := self.question) is None:
             raise ValueError(f"all {len(self.questions)} questions are answered")
-        elif key == "s":
-            append_line(self.files["skip"], vars(question))
-            self.answers[question.key] = None
         else:
-            texts = (question.left, question.right)
-            chosen, rejected = texts if key == "1" else texts[::-1]
+            chosen, rejected = question.left, question.right
+            if key == "2":
+                chosen, rejected = rejected, chosen
+            kind = "skip" if key == "s" else "again" if question.again else "pairs"
             pair = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-            append_pair(self.files["again" if question.again else "pairs"], pair)
-            self.answers[question.key] = chosen
+            append_pair(self.files[kind], pair)
+            self.answers[question.key] = None if key == "s" else chosen
 
     def _undo(self):
         if not self.answers:

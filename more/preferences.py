@@ -112,25 +112,19 @@ def dpo_loss(
 
 
 def append_pair(path, pair: dict[str, str]):
-    """Add a pair to a file with `append_line`.
+    """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
-    Raises ValueError if it lacks a text, or if nothing was preferred.
+    A last line that a kill has cut off is taken away first. Raises ValueError if the
+    pair lacks a text, or if nothing was preferred.
     """
     if fault := _fault(pair):
         raise ValueError(f"this pair {fault}: {pair}")
-    append_line(path, {name: pair[name] for name in FIELDS})
-
-
-def append_line(path, thing: dict):
-    """Add an object to a file of JSON Lines, so that it is on disk when this returns.
-
-    A last line that a kill has cut off is taken away first.
-    """
+    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(thing, ensure_ascii=False).encode() + b"\n")
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -140,8 +140,9 @@ def push(folder, name: str, private: bool = True) -> str:
         made = api.create_repo(name, private=private)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="the policy")
     except Exception as error:
+        why = getattr(error, "server_message", None) or innermost(error)
         raise OSError(
-            f"cannot send {name} to the Hugging Face Hub ({innermost(error)}); take a "
-            "name that is free there, and set a token that may write as HF_TOKEN"
+            f"cannot send {name} to the Hugging Face Hub ({why}); take a name that is "
+            "free there, and set a token that may write as HF_TOKEN"
         ) from None
     return str(made)

@@ -114,11 +114,11 @@ TOKEN = "hf_" + "Thisisnotatokenbutacanaryof34chars"
 TRIES = {  # the hub, the token, the name, and what is said
     "made": ("hub", TOKEN, "me/praise", "/me/praise"),
     "taken": ("hub", TOKEN, "me/praise", "already created"),
-    "foreign": ("hub", TOKEN, "you/x", "403"),
-    "unknown": ("hub", "hf_unknown", "me/other", "401"),
+    "foreign": ("hub", TOKEN, "you/x", "You don't have the rights"),
+    "unknown": ("hub", "hf_unknown", "me/other", "Invalid username or password"),
     "without": ("hub", "", "me/x", "set a token that may write as HF_TOKEN"),
     "nobody": ("nobody", TOKEN, "me/third", "refused); take a name that is free"),
-    "broken": ("broken", TOKEN, "me/fourth", "422"),
+    "broken": ("broken", TOKEN, "me/fourth", "refused"),
 }
 
 
