@@ -14,7 +14,7 @@ from tests.conftest import read
 from tests.test_artefacts import small_tokenizer
 from tests.test_loop import SETTINGS
 from tests.test_rollout import EOS, PROMPTS, small_lm
-from utils import models, runs
+from utils import models, rollout, runs
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.plots import CURVES
 
@@ -102,6 +102,21 @@ def test_a_sick_start_is_named_and_stopped(fault, healthy, capsys, monkeypatch):
     if fault in HOPELESS:
         check(train_anyway=True)
     assert re.search(f"✗ .*{says}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_may_start(precision, healthy, capsys, monkeypatch):
+    """Where it rounds by the width of a text, as large matrices do (here: always)."""
+
+    def rounded(trunk, ids, *others):
+        states = models.hidden_states(trunk, ids, *others)
+        return states * 1.01 ** (ids.shape[1] * torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setattr(rollout, "hidden_states", rounded)
+    names = healthy | {"settings": dataclasses.replace(SETTINGS, precision=precision)}
+    names = import_cells(NOTEBOOK, *LOOP, "start", names=names)
+    import_cells(NOTEBOOK, "preflight", "preflight-learn", names=names)
+    assert "✗" not in capsys.readouterr().out
 
 
 HEALTHY = {"eos_rate": 0.95, "empty": 0.02, "different": 0.9, "kl": 3.0, "entropy": 1.2}

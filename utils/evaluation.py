@@ -93,7 +93,7 @@ def measure_rollouts(
             "raw": rollout.raw_scores,
             "reward": squash(rollout.raw_scores),
             "score": rollout.scores,
-            "ended": has_ended(rollout.input_ids, rollout.mask, eos_id).double(),
+            "ended": has_ended(rollout.input_ids, rollout.mask, eos_id).float(),
             "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
             "ref": rollout.ref_logprobs.sum(dim=1),
         }
@@ -141,11 +141,11 @@ def figures_table(before: dict, after: dict, expected: dict | None = None) -> st
     head = "expected (mean ± 4 sd)" if expected else ""
     lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
     for name, (description, spec) in FIGURES.items():
-        if name not in after:
+        if name not in before | after:
             continue
-        old = format(before[name], spec) if name in before else ""
-        line = f"{description:42}{old:>10}{format(after[name], spec):>10}"
-        if expected and name in expected:
+        old, new = (format(x[name], spec) if name in x else "" for x in (before, after))
+        line = f"{description:42}{old:>10}{new:>10}".rstrip()
+        if name in after and name in (expected or {}):
             mean, sd = expected[name]
             # One text more or less, of a few hundred, is no news
             width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)

@@ -5,7 +5,7 @@ old one or the new one. It is taken up only where the settings that it was made 
 still the same. So is the state of PPO, and only by the same code.
 """
 
-import ast
+import dis
 import functools
 import hashlib
 import inspect
@@ -37,18 +37,10 @@ from utils.settings import Settings, load_settings
 from utils.training import get_device, trunk_dtype
 
 ROOT = Path(__file__).parents[1]
-LESSONS = [
-    *sorted(ROOT.glob("[1-3]-*.ipynb")),
-    *sorted(ROOT.glob("more/[4-9]-*.ipynb")),
-]
+LESSONS = sorted(ROOT.glob("[1-3]-*.ipynb")) + sorted(ROOT.glob("more/[4-9]-*.ipynb"))
 NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
 STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
-FILES = (
-    "ppo",
-    "models",
-    "rollout",
-    "training",
-)  # of utils, that the loop of PPO reaches
+FILES = ("ppo", "models", "rollout", "training")  # that the loop of PPO reaches
 TO_LOWER = dict.fromkeys(STAGES[:2], "batch_size or max_tokens")
 TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_rollout_size or max_new_tokens"
 
@@ -73,7 +65,7 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
 
         drive.mount("/content/drive")
         changes["runs_dir"] = "/content/drive/MyDrive/rlhf/runs"
-    preset = preset or os.environ.get("RLHF_PRESET", "full" if gpu else "tiny")
+    preset = preset or os.environ.get("RLHF_PRESET") or ("full" if gpu else "tiny")
     settings = load_settings(preset, changes)
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on a model this small, more only wait for each other
@@ -113,9 +105,8 @@ def say_errors_in_a_sentence(artefact: str):
     def say(shell, kind, error, trace, tb_offset=None):
         *_, (frame, line) = traceback.walk_tb(trace)
         file, said = Path(frame.f_code.co_filename), str(error) or "run the cell again"
-        meant = (
-            file.parent.name in ("utils", "practice", "more") and file.name != "ppo.py"
-        )
+        meant = file.parent.name in ("utils", "practice", "more")
+        meant &= file.name != "ppo.py"
         meant &= linecache.getline(str(file), line).strip().startswith("raise ")
         if isinstance(error, RuntimeError) and "out of memory" in said:
             traceback.clear_frames(trace)  # they hold the tensors
@@ -221,6 +212,12 @@ def fingerprint(thing) -> str:
     return digest.hexdigest()[:16]
 
 
+def globals_of(code) -> set[str]:
+    """The names of the global values that a function's code reads."""
+    read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+    return read.union(*(globals_of(x) for x in code.co_consts if inspect.iscode(x)))
+
+
 def code_hash(*functions) -> str:
     """One hash over the code that PPO depends on.
 
@@ -230,39 +227,29 @@ def code_hash(*functions) -> str:
     than when it was handed over.
     """
     files, sources, seen = {ROOT / "utils" / f"{x}.py" for x in FILES}, set(), set()
-    queue = [
-        getattr(f, "__globals__", {}).get(getattr(f, "__name__", ""), f)
-        for f in functions
-    ]
+    queue = [(getattr(f, "__name__", ""), f) for f in functions]
+    queue = [(name, getattr(f, "__globals__", {}).get(name, f)) for name, f in queue]
     while queue:
-        thing = inspect.unwrap(queue.pop())
-        file = Path(getattr(getattr(thing, "__code__", None), "co_filename", "/"))
-        in_a_cell = re.search(
-            "ipykernel|ipython-input|#", str(file)
-        )  # or Colab's, ours
-        if isinstance(thing, functools.partial):
+        name, thing = queue.pop()
+        if isinstance(thing, bool | int | float | str | tuple | list | dict):
+            sources.add(f"{name} = {thing!r}")
+        elif isinstance(thing, functools.partial):
             parts = [thing.func, *thing.args, *thing.keywords.values()]
             sources.add(" ".join(getattr(part, "__name__", "") for part in parts))
-            queue += parts
-        elif isinstance(thing, type) and thing.__module__ == "__main__":
-            queue += [x for x in vars(thing).values() if callable(x) and x not in seen]
+            queue += enumerate(parts)
+        elif callable(thing) and (thing := inspect.unwrap(thing)) not in seen:
             seen.add(thing)
-        elif file.is_relative_to(ROOT) and "site-packages" not in file.parts:
-            files.add(file)
-        elif in_a_cell and thing not in seen:
-            seen.add(thing)
-            sources.add(source := textwrap.dedent(inspect.getsource(thing)))
-            queue += [cell.cell_contents for cell in thing.__closure__ or ()]
-            queue += thing.__defaults__ or ()
-            nodes = list(ast.walk(ast.parse(source)))
-            words = [node for node in nodes if isinstance(node, ast.Name)]
-            own = {word.id for word in words if isinstance(word.ctx, ast.Store)}
-            own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-            for name in {word.id for word in words} - own:
-                value = thing.__globals__.get(name)
-                queue += [value] if callable(value) and value not in seen else []
-                if isinstance(value, bool | int | float | str | tuple | list | dict):
-                    sources.add(f"{name} = {value!r}")
+            file = getattr(getattr(thing, "__code__", None), "co_filename", "/")
+            if isinstance(thing, type) and thing.__module__ == "__main__":
+                queue += vars(thing).items()
+            elif Path(file).is_relative_to(ROOT) and "site-packages" not in file:
+                files.add(Path(file))
+            elif re.search(r"ipykernel|ipython-input|\.ipynb#", file):  # a cell
+                sources.add(textwrap.dedent(inspect.getsource(thing)))
+                read = inspect.getclosurevars(thing).nonlocals
+                names = globals_of(thing.__code__) & thing.__globals__.keys()
+                read |= {name: thing.__globals__[name] for name in names}
+                queue += [*read.items(), *enumerate(thing.__defaults__ or ())]
     return fingerprint([file.read_text() for file in sorted(files)] + sorted(sources))
 
 
@@ -305,21 +292,19 @@ class Checkpoint:
 
         Raises OSError if the file cannot be read; it stays as it is.
         """
-        if not self.path.exists():
-            print(
-                f"PPO begins, and is saved every {self.every} rollouts to {self.path}"
-            )
+        place, aside = self.path, self.path.with_suffix(".aside.pt")
+        if not place.exists():
+            print(f"PPO begins, and is saved every {self.every} rollouts to {place}")
             return
         try:  # nothing in the file is executed
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(place, map_location="cpu", weights_only=True)
             then = state.pop("key")
         except Exception as error:
-            said = f"cannot read {self.path} ({innermost(error)})"
-            raise OSError(f"{said}; to begin anew, delete it") from error
+            said = f"cannot read {place} ({innermost(error)}); to begin anew, delete it"
+            raise OSError(said) from error
         if changed := [name for name in self.key if self.key[name] != then.get(name)]:
-            aside = self.path.with_suffix(".aside.pt")
-            os.replace(self.path, aside)
-            print(f"PPO begins anew: {self.path} had other {' and '.join(changed)}")
+            os.replace(place, aside)
+            print(f"PPO begins anew: {place} had other {' and '.join(changed)}")
             print(f"(it is {aside.name} now)")
             return
         for name, saved in state.items():
@@ -333,10 +318,8 @@ class Checkpoint:
             else:
                 setattr(self.run, name, saved)
         self.saved = len(self.run.history)
-        print(
-            f"PPO goes on after {self.saved} of {self.total} rollouts, from {self.path}"
-        )
-        print("(to begin anew: checkpoint.discard(), then this cell again)")
+        print(f"PPO goes on after {self.saved} of {self.total} rollouts, from {place}")
+        print("(to begin anew: checkpoint.discard(), then run on from the preflight)")
 
     def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.
