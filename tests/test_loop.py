@@ -193,15 +193,10 @@ def watched(loop, at, breaks=lambda x, part: x):
 @pytest.mark.parametrize(
     "what, factor, scale, says",
     [
-        ("gradient", NAN, 0, "gradient of value_head.weight is nan"),
-        (
-            "gradient",
-            INF,
-            0.5,
-            "gradient of value_head.weight is",
-        ),  # it was scaled down
+        ("gradient", NAN, 0, "norm of the gradients is nan"),
+        ("gradient", INF, 0.5, "norm of the gradients is"),  # it was scaled down
         ("gradient", NAN, 1024.0, None),  # the scaler leaves this step out
-        ("gradient", 1e38, 0, "norm of (the|all) gradients is inf"),
+        ("gradient", 1e38, 0, "norm of the gradients is inf"),
         ("loss", INF, 0, "value loss is inf"),
         ("loss", INF, 1024.0, "value loss is inf"),
     ],

@@ -66,7 +66,7 @@ def test_heads_as_they_begin():
     # the standard error of the spread of 10,000 draws is 0.7 %
     assert head.weight.std().item() == pytest.approx(1 / math.sqrt(10_001), rel=0.03)
     assert abs(head.weight.mean().item()) < 4 / 10_000
-    values = models.ValueHead(8)(torch.randn(3, 4, 8))
+    values = models.PolicyWithValueHead(gpt2()).value_head(torch.randn(3, 4, 16))
     assert values.shape == (3, 4) and values.eq(0).all()
 
 

@@ -28,7 +28,7 @@ OPT_350M = {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
 MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 
 # The kind of a model, its sizes, and what is said of it; nothing: it works
-DIFFER, BIAS = "its logits differ", "has a bias"
+DIFFER = "its logits differ"
 AHEAD = {**GEMMA, "use_bidirectional_attention": True}
 MODELS = {
     "OPT": ("OPT", OPT, None),
@@ -47,9 +47,9 @@ MODELS = {
     "Granite MoE": ("GraniteMoe", {**LLAMA, "logits_scaling": 8.0}, DIFFER),
     "Cohere": ("Cohere", LLAMA, DIFFER),
     "Gemma 2": ("Gemma2", GEMMA, DIFFER),
-    "Phi 2": ("Phi", LLAMA, BIAS),
-    "GPT-J": ("GPTJ", {**GPT2, "rotary_dim": 4}, BIAS),
-    "BERT": ("Bert", BERT, BIAS),
+    "Phi 2": ("Phi", LLAMA, DIFFER),
+    "GPT-J": ("GPTJ", {**GPT2, "rotary_dim": 4}, DIFFER),
+    "BERT": ("Bert", BERT, DIFFER),
     "Gemma 3 for embeddings": ("Gemma3Text", AHEAD, DIFFER),
     "RWKV": ("Rwkv", MAMBA | {"attention_hidden_size": 16}, DIFFER),
     "Mamba": ("Mamba", MAMBA, "its logits differ|Error: "),

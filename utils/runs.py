@@ -1,8 +1,8 @@
-"""A run of the series: how it begins, what it leaves, and when that is taken up again.
+"""A run of the series: how it begins, what it saves, and when that is used again.
 
-A model is written beside its place and then renamed: whoever is interrupted leaves the
-old one or the new one. It is taken up only where the settings that it was made with are
-still the same. So is the state of PPO, and only by the same code.
+A model is written beside its place and then renamed, so that an interrupt leaves the
+old one or the new one. It is used only with the settings that it was made with; the
+state of PPO also only by the code that it was made with.
 """
 
 import dis
@@ -46,13 +46,14 @@ TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_rollout_size or max_new_tokens"
 
 
 def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False):
-    """Settings and device for making an artefact, with all that they name at hand.
+    """The settings and the device for making an artefact, after a look at the machine.
 
-    Without a preset it is RLHF_PRESET's, or what the machine can do; `changes` are
-    settings by name. Builds the tiny world if it is used. From now on errors of `utils`
-    end a cell in one sentence, and no library draws a widget. Raises, before anything
-    is trained, ValueError for settings or a model that do not fit, OSError for what
-    cannot be loaded or written, RuntimeError for an edited file of `utils`.
+    Without a preset it is RLHF_PRESET's, or `full` where there is a GPU and `tiny`
+    elsewhere; `changes` are settings by name. The tiny world is built if it is used.
+    From now on errors of `utils` end a cell in one sentence, and no library draws a
+    widget. Raises, before anything is trained, ValueError for settings or a model that
+    do not fit, OSError for what cannot be loaded or written, RuntimeError for an edited
+    file of `utils`.
     """
     say_errors_in_a_sentence(artefact)
     check_code_is_current()
@@ -70,7 +71,7 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on a model this small, more only wait for each other
     settings.folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=settings.folder).close()  # or models could not be saved
+    tempfile.TemporaryFile(dir=settings.folder).close()  # raises where none may write
     tiny_world.prepare(settings)
     name, device = settings.model_name, get_device(settings)
     with loading("model", name):
@@ -96,13 +97,13 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
 
 
 def say_errors_in_a_sentence(artefact: str):
-    """From now on, an error that is meant for people ends a cell in one line.
+    """Let errors that are meant for people end a cell in one line.
 
     Those are the errors that `utils` raises, but for its formulas; an interrupt; and a
-    full GPU: what the failed cell held there is freed. Others keep their traceback.
+    full GPU, where what the failed cell held is freed. Others keep their traceback.
     """
 
-    def say(shell, kind, error, trace, tb_offset=None):
+    def show(shell, kind, error, trace, tb_offset=None):
         *_, (frame, line) = traceback.walk_tb(trace)
         file, said = Path(frame.f_code.co_filename), str(error) or "run the cell again"
         meant = file.parent.name in ("utils", "practice", "more")
@@ -117,7 +118,7 @@ def say_errors_in_a_sentence(artefact: str):
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     if shell := get_ipython():
-        shell.set_custom_exc((KeyboardInterrupt, Exception), say)
+        shell.set_custom_exc((KeyboardInterrupt, Exception), show)
 
 
 def check_code_is_current():
@@ -132,7 +133,7 @@ def check_code_is_current():
 def check_all(checks, failure: str, anyway: bool = False):
     """Print each pair of (sentence, truth); raise RuntimeError if one is not true.
 
-    The error begins with `failure`; with `anyway` there is none.
+    The error begins with `failure`. With `anyway` nothing is raised.
     """
     print("\n".join(f"{'✓' if good else '✗'} {sentence}" for sentence, good in checks))
     wrong = [sentence for sentence, good in checks if not good]
@@ -160,7 +161,7 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     tokenizer.save_pretrained(unfinished)
     for file, content in (("metrics", metrics), ("settings", asdict(settings))):
         (unfinished / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
-    for file in unfinished.iterdir():  # safetensors lets nobody else read its files
+    for file in unfinished.iterdir():  # safetensors makes its files the owner's alone
         file.chmod((unfinished / "settings.json").stat().st_mode)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -179,7 +180,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
     folders = [settings.folder / name for name in names]
     for name, folder in zip(names, folders, strict=True):
         number, old = STAGES.index(name) + 1, folder.with_name(f"{name}.old")
-        if old.exists() and not folder.exists():  # interrupted between two renamings
+        if old.exists() and not folder.exists():  # an interrupt came between renamings
             old.rename(folder)
         if not folder.exists():
             sets = [shlex.quote(f"{k}={v!r}") for k, v in settings.changes.items()]
@@ -202,7 +203,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
 
 
 def fingerprint(thing) -> str:
-    """A few letters that change if a value does, or a weight of a model."""
+    """A short hash of a value, or of all weights of a model."""
     digest = hashlib.sha256()
     for value in thing.parameters() if isinstance(thing, nn.Module) else [repr(thing)]:
         if isinstance(value, torch.Tensor):
@@ -221,10 +222,9 @@ def globals_of(code) -> set[str]:
 def code_hash(*functions) -> str:
     """One hash over the code that PPO depends on.
 
-    That is FILES; of these functions, and of all that they read in a notebook, the
-    source and the plain values; and the whole file of what else belongs to this
-    project. A notebook's function counts as it is now: its name may mean another one
-    than when it was handed over.
+    It covers FILES, and what these functions read: of a notebook's functions the source
+    and the plain values, of this project's other functions the whole file. A notebook's
+    function is looked up by its name, since its cell may have been run again.
     """
     files, sources, seen = {ROOT / "utils" / f"{x}.py" for x in FILES}, set(), set()
     queue = [(getattr(f, "__name__", ""), f) for f in functions]
@@ -256,11 +256,11 @@ def code_hash(*functions) -> str:
 class Checkpoint:
     """Saves a PPO run every few rollouts, and goes on from there.
 
-    `run` is an object whose attributes are all that training changes: a model, of which
-    what is not frozen is saved, others with a state (optimiser, schedule, generator),
+    `run` is an object whose attributes are all that training changes: a model, whose
+    frozen weights are not saved; others with a state (optimiser, schedule, generator);
     and plain records, of which `history` has an entry for each rollout. The run depends
-    on `code`, functions, and on `inputs`, models and plain values. A saved run is taken
-    up only if these and the settings are the same, so that it never hides an edit.
+    on `code`, functions, and on `inputs`, models and plain values. A saved run is used
+    only if these and the settings are the same, so that it never hides an edit.
     """
 
     def __init__(self, run, settings, code: tuple, inputs: tuple, every: int = 8):
@@ -271,7 +271,7 @@ class Checkpoint:
 
     def _key(self, settings) -> dict:
         device = self.run.generator.device
-        # A generator's state belongs to its device, a scaler's to its precision
+        # The generator's state belongs to its device, the scaler's to its precision
         device = f"{device.type} in {trunk_dtype(settings, device)}"
         made_of = {"code": code_hash(*self.code), "device": device}
         made_of["model or prompts"] = " ".join(map(fingerprint, self.inputs))
