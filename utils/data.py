@@ -205,5 +205,11 @@ def make_prompts(
             "prompt_max_tokens"
         )
     rng.shuffle(long)
-    front = len(tokens_in_front(tokenizer))
-    return [row[: front + rng.randint(2, longest)] for row in encode(long, tokenizer)]
+    front, prompts = len(tokens_in_front(tokenizer)), []
+    for row in encode(long, tokenizer):
+        prompt = row[: front + rng.randint(2, longest)]
+        # Some letters (é, 好) are several tokens, of which the last may be cut off
+        while tokenizer.decode(prompt[front:][-4:]).endswith("\ufffd"):
+            prompt.pop()
+        prompts += [prompt] if len(prompt) > front else []
+    return prompts
