@@ -53,7 +53,7 @@ def layout_memory(
 ) -> dict[str, float]:
     """Bytes of weights, gradients, optimiser and activations, at the peak.
 
-    Worked out; peaks that were measured are within 15 % (`python -m tools.peaks`).
+    Worked out; peaks that were measured are within 15 % (docs/peaks.json).
 
     `lm` is a language model, which may lie on the device "meta", where it takes no
     memory itself. `precision` is that of frozen weights: "float32", "16 bits" or "NF4"

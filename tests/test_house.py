@@ -10,10 +10,10 @@ from utils.runs import NOTEBOOKS
 
 LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
 BROKEN = [  # a file, what is written into it, and how the contract's name begins
-    ("utils/runs.py", "from tools import badges", "Each room"),
+    ("utils/runs.py", "from workshop import tiny", "Each room"),
     ("utils/plots.py", "import more.common", "Each room"),
     ("utils/data.py", "from practice import exact_world", "Each room"),
-    ("more/lora.py", "import tools.badges", "Each room"),
+    ("more/lora.py", "import workshop.tiny", "Each room"),
     ("practice/tiny_world.py", "import practice.exact_world", "The leaves"),
     ("practice/own_data.py", "from utils import settings", "The leaves"),
     ("utils/training.py", "def late():\n    from utils import data", "The files"),
@@ -29,7 +29,7 @@ def house(tmp_path_factory):
     """A copy of the house, to build badly in."""
     folder = tmp_path_factory.mktemp("house")
     only_code = shutil.ignore_patterns("*.ipynb", "*.json", "__pycache__")
-    for room in ("utils", "practice", "more", "tools", "benchmarks", "exercises"):
+    for room in ("utils", "practice", "more", "exercises", "workshop"):
         shutil.copytree(ROOT / room, folder / room, ignore=only_code)
     shutil.copy(ROOT / ".importlinter", folder)
     return folder
@@ -61,7 +61,7 @@ def test_what_breaks_a_contract_is_named(house, name, line, contract):
 @pytest.mark.parametrize("number", "123")
 def test_the_series_knows_nothing_of_what_stands_above_it(number):
     """Neither a lesson further on, nor a measurement, nor several processes."""
-    above = r"(from|import) (more|tools|benchmarks|exercises)\b"
-    above += r"|\b(more|tools|benchmarks)[./]\w|accelerate|\bprocess|\branks?\b"
+    above = r"(from|import) (more|exercises|workshop)\b"
+    above += r"|\b(more|workshop)[./]\w|accelerate|\bprocess|\branks?\b"
     for id, cell in code_cells(NOTEBOOKS[number]).items():
         assert not re.search(above, cell.source), id

@@ -15,7 +15,7 @@ from utils.models import RewardModel, load_causal_lm
 from utils.runs import NOTEBOOKS
 
 pytestmark = pytest.mark.faults
-ROOMS = ("utils", "practice", "more", "tools", "benchmarks", "exercises", "tests")
+ROOMS = ("utils", "practice", "more", "exercises", "workshop", "tests")
 
 
 def sources():

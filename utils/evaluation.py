@@ -122,8 +122,8 @@ def measure_rollouts(
 def expected(settings) -> dict[str, list[float]]:
     """Mean and standard deviation of each figure after training, over ten seeds.
 
-    They hold for the tiny preset on a CPU, as `python -m tools.expected` measured them.
-    With other settings, or where there is a GPU, nothing is known.
+    They hold for the tiny preset on a CPU; `python -m workshop.measure expected` has
+    measured them. With other settings, or where there is a GPU, nothing is known.
     """
     other = settings.changes.keys() - {"seed", "runs_dir", "log_to", "train_anyway"}
     if other or settings.preset != "tiny" or torch.cuda.is_available():

@@ -21,7 +21,6 @@ from exercises.tests.conftest import (
     solved,
     source,
 )
-from tools.badges import named_repositories
 
 FREE = 4  # points of the question that a person grades
 
@@ -99,12 +98,6 @@ def test_each_has_what_an_exercise_needs(name):
             assert max(map(len, cell.source.splitlines())) <= 88, cell.id
             if cell.metadata.get("nbgrader", {}).get("grade"):
                 assert "### BEGIN HIDDEN TESTS" in cell.source
-
-
-def test_the_badges_name_one_repository():
-    repositories = named_repositories()
-    assert {f"exercises/release/{n}/{n}.ipynb" for n in EXERCISES} <= set(repositories)
-    assert len(set().union(*repositories.values())) == 1
 
 
 @pytest.mark.parametrize("name", EXERCISES)
