@@ -26,14 +26,17 @@ class Result:
         """Show nothing: as the last value of a cell it would be printed twice."""
 
 
-def check(right, mistakes: dict, tolerances: dict | None = None):
+def check(right, mistakes: dict, *names: str, leaves=0, tolerances=None):
     """A decorator: from `trial(case)` to a check, `check_it(function, seed=0)`.
 
-    The trial draws inputs, and returns a function that maps a function under test to
-    quantities by name. `right` is a right function, or what the quantities should be.
-    `mistakes` holds, by a sentence as it goes on after "this is what you get when",
-    what makes a right function wrong: other arguments of it, a wrong function, or a
-    list of these. The check's own `mistakes` are pairs of a sentence and a function.
+    The trial draws what the function under test is given. What that returns is called
+    by these names; where it is a loss, with or without statistics, its gradient with
+    respect to the first few arguments (`leaves`) counts, too. Or the trial returns a
+    function that maps one under test to quantities by name. `right` is a right
+    function, or what the quantities should be. `mistakes` holds, by a sentence as it
+    goes on after "this is what you get when", what makes a right function wrong: other
+    arguments of it, a wrong function, or a list of these. The check's own `mistakes`
+    are pairs of a sentence and a function.
     """
     known = [
         (sentence, functools.partial(right, **one) if isinstance(one, dict) else one)
@@ -44,7 +47,11 @@ def check(right, mistakes: dict, tolerances: dict | None = None):
     def decorate(trial):
         @functools.wraps(trial)
         def checked(function, seed: int = 0) -> Result:
-            measure = trial(Case(seed))
+            drawn = trial(Case(seed))
+            how = (
+                (loss_and_gradient, drawn, leaves) if leaves else (_name, drawn, names)
+            )
+            measure = drawn if callable(drawn) else functools.partial(*how)
             expected = measure(right) if callable(right) else right
 
             def named():
@@ -62,6 +69,32 @@ def check(right, mistakes: dict, tolerances: dict | None = None):
         return checked
 
     return decorate
+
+
+def _fresh(given):
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+
+
+def _name(given, names, function):
+    found = function(*_fresh(given))
+    return dict(zip(names, found if len(names) > 1 else [found], strict=False))
+
+
+def loss_and_gradient(given, leaves: int, function, **options) -> dict:
+    """Of a loss function: its value, gradient and statistics.
+
+    The gradient with respect to the first few arguments, 0 where there is none.
+    """
+    given = _fresh(given)
+    inputs = [x.requires_grad_() for x in given[:leaves]]
+    found = function(*given, **options)
+    loss, stats = found if isinstance(found, tuple) else (found, {})
+    slopes = [None] * leaves
+    if loss.requires_grad:
+        slopes = torch.autograd.grad(loss, inputs, allow_unused=True)
+    pairs = zip(slopes, inputs, strict=True)
+    slopes = [torch.zeros_like(x) if slope is None else slope for slope, x in pairs]
+    return {"loss": loss, "gradient": torch.stack(slopes).squeeze(0), **stats}
 
 
 def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Result:
