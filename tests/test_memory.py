@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from more.memory import bytes_of, counted_memory, layout_memory
 from practice.cells import LOOP, import_cells
-from tests.test_loop import SETTINGS, collect, guarded
+from tests.small import SETTINGS, collect, guarded
 from tests.test_lora import SHARED, free, gpt2, llama
 from tools import peaks
 from utils.models import PolicyWithValueHead, freeze

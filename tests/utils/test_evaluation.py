@@ -10,9 +10,7 @@ import torch
 
 from practice.cells import import_cells
 from practice.exact_world import ExactWorld
-from tests.mac import on_a_mac
-from tests.test_artefacts import small_tokenizer
-from tests.test_rollout import EOS, small_lm
+from tests.small import EOS, small_lm, small_tokenizer
 from utils.evaluation import FIGURES, distinct_n, expected, figures_table, train_judge
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.settings import FULL, TINY
@@ -77,16 +75,14 @@ def test_every_figure_from_the_texts_alone(capsys):
 
 
 def test_the_scores_of_the_reference_stand_in_their_prompts_rows():
-    """In the CPU's memory: what is worked out from them takes float64."""
     cells = measuring()
     cells["measure_scores"] = lambda prompts: (
-        on_a_mac(torch.arange(6) + 100 * torch.tensor([p[0] for p in prompts])),
+        torch.arange(6) + 100 * torch.tensor([p[0] for p in prompts]),
         [[EOS] if len(p) > 1 else [3] for p in prompts],
     )
     cells["normalise"] = lambda raw, ended: torch.where(ended, raw, -1.0)
     found = cells["reference_scores"]([[5, 6], [3], [4, 2]], 2)
     assert found.tolist() == [[500, 503], [-1, -1], [402, 405]]
-    assert found.device.type == "cpu"
 
 
 def test_distinct_words_and_what_the_judge_learns():

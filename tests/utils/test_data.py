@@ -15,6 +15,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
+from tests.conftest import refused
 from utils import data
 from utils.models import load_causal_lm
 from utils.settings import TINY
@@ -48,14 +49,6 @@ def load(name, **settings):
         assert rows.column_names == ["sentence", "label"] and not rows.cache_files
     rows = {split: (rows["sentence"], rows["label"]) for split, rows in found.items()}
     return {split: list(zip(*columns, strict=True)) for split, columns in rows.items()}
-
-
-def refused(says, function, *arguments, **options):
-    """What is said: one sentence that fits this expression, whatever it ends with."""
-    with pytest.raises((ValueError, OSError), match=says) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_what_fits_comes_out_as_it_is(tmp_path, capsys, world):

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.utils import close_session
 
 from tests import hub
-from tests.conftest import ROOT
-from tests.test_data import JSONL, refused, written
+from tests.conftest import ROOT, refused
+from tests.utils.test_data import JSONL, written
 from utils import data
 from utils.models import load_causal_lm
 from utils.settings import TINY

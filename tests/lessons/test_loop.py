@@ -10,16 +10,24 @@ import pytest
 import torch
 
 from practice.cells import LOOP, import_cells
-from tests.test_rollout import EOS, PROMPTS, small_lm
+from tests.small import (
+    EOS,
+    PROMPTS,
+    SETTINGS,
+    collect,
+    go,
+    guarded,
+    make_policy,
+    score,
+    small_lm,
+    update,
+)  # fmt: skip
 from utils.models import PolicyWithValueHead, freeze
 from utils.ppo import compute_gae
-from utils.rollout import has_ended, normalise_scores
-from utils.settings import FULL, TINY
-from utils.training import GuardedOptimizer, get_device, trunk_dtype
+from utils.rollout import has_ended
+from utils.settings import FULL
+from utils.training import get_device, trunk_dtype
 
-sizes = {"ppo_episodes": 48, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
-sizes |= {"ppo_micro_batch_size": 12, "max_new_tokens": 6}
-SETTINGS = dataclasses.replace(TINY, **sizes)
 NAN, INF = float("nan"), float("inf")
 close, change = partial(torch.testing.assert_close, rtol=0), dataclasses.replace
 
@@ -29,45 +37,9 @@ def loop():
     return import_cells("3-RLHF.ipynb", *LOOP)
 
 
-def make_policy():
-    policy = PolicyWithValueHead(small_lm()).double().eval()
-    torch.nn.init.normal_(policy.value_head.weight, std=0.1)
-    return policy
-
-
 @pytest.fixture
 def policy():
     return make_policy()
-
-
-def score(ids, attention, mask):
-    """1 for each token 3 in the response, if it ended; raw and normalised."""
-    raw = ((ids[:, -mask.shape[1] :] == 3) & mask.bool()).sum(1).double()
-    return raw, normalise_scores(raw, has_ended(ids, mask, EOS), 0.0, 1.0, -1.0)
-
-
-def collect(loop, policy, reference=None, settings=SETTINGS, by=score):
-    """A rollout with its advantages, scored by this function."""
-    models = (policy, reference or freeze(small_lm(seed=1)), by)
-    prompts, generator = (PROMPTS * 8, EOS), torch.Generator().manual_seed(0)
-    rollout = loop["collect_rollout"](*models, *prompts, settings, generator)
-    return loop["ppo_advantages"](rollout, settings, 0.1)
-
-
-def guarded(policy, optimizer=None, settings=SETTINGS, scaler=None):
-    """The optimiser that the loop takes; AdamW if none is given."""
-    optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
-    made = GuardedOptimizer(policy, optimizer, settings)
-    made.scaler = scaler or made.scaler
-    return made
-
-
-def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, loss=None):
-    """The update of the notebook, of which `loss` may be another one."""
-    optimizer = optimizer or guarded(policy, settings=settings)
-    models, generator = (policy, optimizer), torch.Generator().manual_seed(0)
-    how = partial(loop["gradients"], loss=loss or loop["ppo_loss"])
-    return loop["ppo_update"](*models, rollout, settings, generator, gradients=how)
 
 
 def weights_of(model):
@@ -294,12 +266,6 @@ def small_run(loop, **changes):
     settings, lm = change(SETTINGS, **settings), small_lm()
     models = (freeze(copy.deepcopy(lm)), score, lambda step: PROMPTS * 8, EOS)
     return loop["fresh_run"](lm, settings), models, settings
-
-
-def go(loop, run, models, settings, *pause):
-    """PPO, with the functions of the notebook."""
-    how = (loop["ppo_advantages"], loop["ppo_update"])
-    loop["train"](run, *models, settings, *how, *pause)
 
 
 def test_ppo_finds_what_is_rewarded_and_goes_on_where_it_was_stopped(loop):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.test_rollout import small_lm
+from tests.small import small_lm, small_tokenizer
 from utils.__main__ import parse
 from utils.data import load_tokenizer
 from utils.models import RewardModel, load_causal_lm
@@ -22,14 +21,6 @@ from utils.settings import load_settings
 
 pytestmark = pytest.mark.faults
 NAMES, METRICS = ("sft", "reward_model"), {"before": {}, "after": {"loss": 1.5}}
-
-
-def small_tokenizer(words="abcdefghi"):
-    """One of `small_lm`'s ten words: EOS, and a letter each."""
-    vocabulary = {word: i for i, word in enumerate(["EOS", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="EOS"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="EOS")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tests.test_data import refused
+from tests.conftest import refused
 from utils.runs import prepare
 from utils.settings import FULL, TINY, Settings, load_settings
 

@@ -15,14 +15,12 @@ import torch
 import utils
 from practice.cells import LOOP, import_cells
 from tests.conftest import ROOT, needs_posix
-from tests.test_loop import SETTINGS as LOOP_SETTINGS
-from tests.test_loop import go, score
-from tests.test_rollout import EOS, PROMPTS, small_lm
+from tests.small import EOS, PROMPTS, SETTINGS, go, score, small_lm
 from utils.models import freeze
 from utils.runs import Checkpoint, code_hash, prepare, show_source
 
 pytestmark = pytest.mark.faults
-SETTINGS = dataclasses.replace(LOOP_SETTINGS, ppo_episodes=144)  # six rollouts
+SETTINGS = dataclasses.replace(SETTINGS, ppo_episodes=144)  # six rollouts
 CODE = ("fresh_run", "train", "ppo_advantages", "ppo_update")
 
 
