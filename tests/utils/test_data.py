@@ -1,6 +1,5 @@
 """Anybody's data set as sentences with labels, or a sentence that says why not."""
 
-import bz2
 import dataclasses
 import gzip
 import json
@@ -90,15 +89,13 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_labels_of_every_kind(tmp_path, capsys, survived, way):
+def test_labels_of_every_kind(tmp_path, capsys, way):
     labels, positive, negative, meant, *names = WAYS[way]
     name = made(tmp_path, *map(list, names), **of(labels))
     found = load(name, positive_label=positive, negative_label=negative)
     rows = [(f"text {i}", y) for i, y in enumerate(meant) if y is not None]
     assert found == {"train": rows, "validation": rows}
-    said = capsys.readouterr().out
-    assert ("left out" in said) == (None in meant)
-    survived(f"labels: {way}", said.replace("\n", "; ") or "as they are")
+    assert ("left out" in capsys.readouterr().out) == (None in meant)
 
 
 def both(**columns):
@@ -108,7 +105,7 @@ def both(**columns):
 TEXT, LABEL = "column 'sentence'.*{}.*text_column", "column 'label'.*{}.*label_column"
 APART, FEW = LABEL.format("{}.*positive_label {}"), "{} rows of {}.*positive_label"
 TO_TEST, SPLITS = {"validation_split": "test"}, "'train'.*{}.*validation_split"
-SAME, HIDDEN = {**GOOD, "label": [0, 0]}, {**GOOD, "label": [None, None]}
+SAME = {**GOOD, "label": [0, 0]}
 WRONG = {  # splits, settings, and what is said
     "texts": (of(["good", "bad"]), {}, APART.format("good.*bad", "'1'")),
     "stars": (of(STARS), {}, APART.format("5.*1.*3.*4.*2", "'1'")),
@@ -117,30 +114,22 @@ WRONG = {  # splits, settings, and what is said
     "no such label": (of([1, 0]), {"negative_label": "ill"}, LABEL.format("'ill'")),
     "of both": (of([1, 0]), {"negative_label": "1,0"}, LABEL.format("'1'.*'1,0'")),
     "one only": (of([1, 1]), {}, APART.format("1", "'1'")),
-    "none": (of([None, None]), {}, APART.format("", "'1'")),
-    "scores": (of([i / 100 for i in range(30)]), {}, APART.format("0.0.*0.19", "'1'")),
-    "lists of labels": (of([[1], [0]]), {}, LABEL.format(r"\[1\]")),
     "no label": (both(sentence=["a"], stars=[1]), {}, LABEL.format("'stars'")),
     "as IMDB's": (both(text=["a"], label=[1]), {}, TEXT.format("'text'")),
     "numbers": (both(sentence=[3], label=[1]), {}, TEXT.format("holds 3")),
-    "words": (both(sentence=[["a"]], label=[1]), {}, TEXT.format(r"\['a'\]")),
-    "no text": (both(sentence=["", " "], label=[1, 0]), {}, FEW.format(0, "train")),
     "no train": ({"test": GOOD}, {}, r"\['test'\].*'train'"),
     "a typo": ({"train": GOOD}, TO_TEST, SPLITS.format("'test'")),
     "twice": (both(**GOOD), {"validation_split": "train"}, SPLITS.format("")),
     "of one kind": ({"train": GOOD, "test": SAME}, TO_TEST, FEW.format(2, "val")),
-    "hidden": ({"train": GOOD, "test": HIDDEN}, TO_TEST, FEW.format(0, "val")),
-    "one to learn": ({"train": SAME, "test": GOOD}, TO_TEST, FEW.format(2, "train")),
     "too few to keep back": ({"train": GOOD}, {}, FEW.format(r"\d", "(train|val)")),
     "too few drawn": (of([0] * 39 + [1]), {"train_rows": 2}, FEW.format(2, "train")),
 }
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_what_cannot_do(tmp_path, survived, fault):
+def test_what_cannot_do(tmp_path, fault):
     splits, settings, says = WRONG[fault]
-    said = refused(says, load, made(tmp_path, **splits), **settings)
-    survived(f"data set: {fault}", said)
+    refused(says, load, made(tmp_path, **splits), **settings)
 
 
 def test_a_tenth_of_train_is_kept_back(tmp_path, capsys):
@@ -183,16 +172,13 @@ def table(separator):
 CSV, TSV = table(","), table("\t")
 FILES = {
     "plain.csv": CSV,
-    "UPPER.CSV": CSV,
     "a name [with] *signs*, #1%20.csv": CSV,
     "windows.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(),
     "semicolons.csv": table(";"),
     "tabs.tsv": TSV,
     "tabs.tsv.gz": gzip.compress(TSV.encode()),
-    "small.csv.bz2": bz2.compress(CSV.encode()),
     "small.csv.zip": lambda path: zipfile.ZipFile(path, "w").writestr("a.csv", CSV),
     "lines.jsonl": JSONL,
-    "lines.jsonl.gz": gzip.compress(JSONL.encode()),
     "list.json": json.dumps(ROWS),
     "columns.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
@@ -241,24 +227,13 @@ NO_FILES = {  # what is in a file, and what is said; without it there is no such
 
 
 @pytest.mark.parametrize("file", NO_FILES)
-def test_files_that_cannot_do(tmp_path, survived, file):
+def test_files_that_cannot_do(tmp_path, file):
     """The file's own fault is quoted, and no hub or token is blamed."""
     content, says = NO_FILES[file]
     if content is not None:
         written(tmp_path / file, content)
     says = f"{re.escape(repr(str(tmp_path / file)))}.*{says}"
-    survived(file, refused(says, load, tmp_path / file))
-
-
-def test_a_folder_with_several_configurations(tmp_path):
-    """As `glue` on the hub, but here."""
-    for name in ("one", "two"):
-        written(tmp_path / f"{name}.jsonl", JSONL.replace("film", name))
-    lines = (f"- config_name: {x}\n  data_files: {x}.jsonl\n" for x in ("one", "two"))
-    written(tmp_path / "README.md", f"---\nconfigs:\n{''.join(lines)}---\n")
-    for config in ("", "three"):
-        refused("one.*two.*dataset_config", load, tmp_path, dataset_config=config)
-    assert load(tmp_path, dataset_config="two")["train"][0][0].startswith("two")
+    refused(says, load, tmp_path / file)
 
 
 def test_a_local_folder_needs_no_network(world, monkeypatch):
@@ -278,15 +253,14 @@ def tokenizer(world):
     return data.load_tokenizer(str(world / "model"))
 
 
-def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world, survived):
+def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world):
     endless = AutoTokenizer.from_pretrained(world / "model")
     endless.eos_token = None
     endless.save_pretrained(tmp_path / "endless")
     # Of a configuration alone the library makes a tokenizer, too
     AutoConfig.from_pretrained(world / "model").save_pretrained(tmp_path / "wordless")
     for name, says in (("endless", "EOS None"), ("wordless", "has [01] (words|token)")):
-        said = refused(f"{name}' .*{says}", data.load_tokenizer, tmp_path / name)
-        survived(f"a tokenizer, {name}", said)
+        refused(f"{name}' .*{says}", data.load_tokenizer, tmp_path / name)
 
 
 TEMPLATES = {"nothing": "$A", "before": "{} $A", "behind": "$A {}", "both": "{} $A {}"}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from practice.cells import import_cells
-from practice.exact_world import ExactWorld
 from tests.small import EOS, small_lm, small_tokenizer
 from utils.evaluation import FIGURES, distinct_n, expected, figures_table, train_judge
 from utils.models import PolicyWithValueHead, RewardModel, freeze
@@ -103,22 +102,6 @@ def share(score, kl, possible, beta):
     after = import_cells("3-RLHF.ipynb", "after", names=names)["after"]
     assert after["objective"] == pytest.approx(score - beta * kl)
     return after.get("share")
-
-
-@pytest.mark.parametrize("beta", [0.25, 1.0])
-def test_the_best_possible_is_that_of_the_exact_world(beta):
-    """From 100,000 responses, within four standard errors (of exp(R / beta)'s mean)."""
-    world, n = ExactWorld(seed=7), 100_000
-    log_ref = world.logprobs(world.reference).detach()
-    log_best, most = (x.detach() for x in world.optimum(beta))
-    ref, best, R = log_ref.exp(), log_best.exp(), world.scores.double()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.multinomial(ref, n, replacement=True, generator=generator)
-    tilts = (R / beta).exp()
-    spread = ((ref * (tilts - (ref * tilts).sum()) ** 2).sum() / n).sqrt()
-    error = beta * spread / (ref * tilts).sum() / (most - (ref * R).sum())
-    figures = [(best * x).sum().item() for x in (R, log_best - log_ref)]
-    assert abs(share(*figures, world.scores[drawn][None], beta) - 1) < 4 * error < 0.1
 
 
 def test_the_best_possible_of_two_responses_by_hand():

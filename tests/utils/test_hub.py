@@ -53,27 +53,15 @@ CAUSES = {
         "401",
         "correct the name.*TOKEN",
     ),
-    "an old token": (refuses(401), "401", "HF_TOKEN"),
     "gated": (refuses((403, "GatedRepo")), "403", "accept its terms.*HF_TOKEN"),
-    "gated, to a stranger": (refuses((401, "GatedRepo")), "401", "accept its terms"),
     "out of order": (refuses(503), "503 Service Unavailable", ONLINE),
     "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
     "hangs up": (refuses(()), "disconnected", ONLINE),
     "silent": (silent, "timed out", ONLINE),
     "nobody there": (nobody, "Connection refused", ONLINE),
     "no network": (lambda: contextlib.nullcontext(FAR), "name resolution", ONLINE),
-    "of a strange certificate": (
-        lambda: silent("https"),
-        "self-signed",
-        "SSL_CERT_FILE",
-    ),
+    "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
     "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
-    "a proxy of another kind": (
-        lambda: silent("no"),
-        "scheme for proxy",
-        "HTTPS_PROXY",
-    ),
-    "a proxy with no library": (lambda: silent("socks5"), "socks", "HTTPS_PROXY"),
     "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
 }
 
@@ -89,9 +77,7 @@ def network(monkeypatch):
         return look_up(host, *rest, **options)
 
     def unbelievable(*_, **__):
-        raise ssl.SSLCertVerificationError(
-            1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"
-        )
+        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_...] self-signed")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", unbelievable)
@@ -105,7 +91,7 @@ def network(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", CAUSES)
-def test_what_a_hub_does_is_one_sentence(network, monkeypatch, survived, fault):
+def test_what_a_hub_does_is_one_sentence(network, monkeypatch, fault):
     """It quotes the innermost cause; and who cannot be reached is not asked again."""
     (place, cause, remedy), modes = CAUSES[fault], []
 
@@ -119,10 +105,9 @@ def test_what_a_hub_does_is_one_sentence(network, monkeypatch, survived, fault):
             monkeypatch.setenv("HTTP_PROXY", address)
             address = FAR
         monkeypatch.setattr(data, "repo_info", HfApi(address).repo_info)
-        said = refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
+        refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
     assert modes[0] or not re.search("refused|timed|resol", cause)
     assert not is_offline_mode()
-    survived(f"hub: {fault}", said)
 
 
 def test_what_is_not_in_the_cache_needs_the_hub(monkeypatch):
@@ -197,12 +182,11 @@ AWAY = [(nobody, {}), (silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place, environ", AWAY)
-def test_what_is_cached_needs_no_hub(cached, survived, place, environ):
+def test_what_is_cached_needs_no_hub(cached, place, environ):
     home, found, _ = cached
     with place() as address:
         again, _ = loads(USUAL, HF_ENDPOINT=address, HF_HOME=home, **environ)
     assert again == [*found[:-1], "HF_HUB_OFFLINE" in environ]  # as it was before
-    survived("hub: away, all in the cache", f"loaded, with {environ}")
 
 
 CONFIG = "- {{config_name: {0}, data_files: {0}.jsonl}}\n"
@@ -221,7 +205,7 @@ FORMS = {  # what, name and configuration; what is said
 }
 
 
-def test_repositories_of_other_forms(cached, tmp_path, world, survived):
+def test_repositories_of_other_forms(cached, tmp_path, world):
     """The hub is out of order for the first five requests, and then no longer."""
     glue, script, empty, large = (tmp_path / x for x in ("g", "script", "e", "large"))
     for name in ("cola", "sst2"):
@@ -230,12 +214,8 @@ def test_repositories_of_other_forms(cached, tmp_path, world, survived):
     written(glue / "README.md", f"---\nconfigs:\n{head}---\n")
     written(script / "script.py", "import datasets\n")
     written(empty / "README.md", "nothing here\n")
-    lm, model, sets = (
-        load_causal_lm(world / "model"),
-        world / "model",
-        world / "dataset",
-    )
-    lm.save_pretrained(large, max_shard_size="500KB")
+    model, sets = world / "model", world / "dataset"
+    load_causal_lm(model).save_pretrained(large, max_shard_size="500KB")
     assert len(list(large.glob("*.safetensors"))) > 1
     models = {"gpt2": model, "me/large": large, "me/closed": model}
     found = {"stanfordnlp/sst2": sets, "nyu-mll/glue": glue, "me/closed": sets}
@@ -246,9 +226,4 @@ def test_repositories_of_other_forms(cached, tmp_path, world, survived):
     with hub.serve(models, found, fault, files=refuse) as address:
         environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
         said = dict(zip(cases, loads(list(cases), **environ)[0], strict=False))
-    for case, sentence in said.items():
-        survived(f"hub: {' '.join(case)}", str(sentence))
-    wrong = {
-        x: said[x] for x, says in cases.items() if not re.match(says, str(said[x]))
-    }
-    assert not wrong
+    assert {x: s for x, s in said.items() if not re.match(cases[x], str(s))} == {}

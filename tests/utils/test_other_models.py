@@ -66,13 +66,12 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_goes_the_whole_way_or_is_refused(saved, survived, name):
+def test_a_model_goes_the_whole_way_or_is_refused(saved, name):
     """Loaded, sampled from, scored, looked at, and moved."""
     kind, sizes, fault = MODELS[name]
     folder = saved(kind, sizes)
     if fault:
-        said = refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
-        return survived(f"model: {name}", said)
+        return refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
     lm, reward_model = load_causal_lm(folder), RewardModel.from_pretrained(folder)
     prompts, random = pad(PROMPTS * 8, EOS, "left"), torch.Generator().manual_seed(0)
     texts = sample_responses(lm, *prompts, EOS, 6, 1.0, random)
@@ -85,7 +84,6 @@ def test_a_model_goes_the_whole_way_or_is_refused(saved, survived, name):
     assert off <= 1e-5
     (ours.sum() + values.sum()).backward()
     assert sum(p.grad.any() for p in policy.parameters() if p.grad is not None) > 5
-    survived(f"model: {name}", f"works; log-probabilities differ by {off:.0e}")
 
 
 @torch.no_grad()

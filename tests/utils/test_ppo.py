@@ -128,28 +128,6 @@ def test_the_gradient_at_ratio_one_and_where_clipped():
     exactly(logprobs.grad * 6, [-2.0, 3.0, 0.0, 0.0, -0.5, 1.5])
 
 
-def test_the_first_step_is_the_policy_gradient():
-    """At ratio 1, from the logits on: the mean over the tokens of -A grad log pi."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
-    labels = torch.randint(6, (3, 4), generator=generator)
-    A = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
-    old = ppo.token_logprobs(logits, labels)
-
-    def loss(logits):
-        logprobs = ppo.token_logprobs(logits, labels)
-        return ppo.policy_loss(logprobs, old, A, mask, clip_range=0.2)[0]
-
-    logits.requires_grad_()
-    assert torch.autograd.gradcheck(loss, (logits,))
-    (gradient,) = torch.autograd.grad(loss(logits), logits)
-    # grad log softmax = one-hot - softmax
-    chosen = torch.nn.functional.one_hot(labels, 6) - logits.softmax(-1)
-    expected = -(A * mask)[..., None] * chosen / mask.sum()
-    torch.testing.assert_close(gradient, expected, **EXACT)
-
-
 def test_what_holds_if_nothing_else_is_named():
     """gamma 1, lambda 0.95, a clip range of 0.2, temperature 1, k1: by hand."""
     mask = t([1, 1])

@@ -69,8 +69,8 @@ WRONG = [
 
 @pytest.mark.faults
 @pytest.mark.parametrize("changes, says", WRONG)
-def test_bad_values_are_named(survived, changes, says):
-    survived(f"settings {changes}", refused(says, load_settings, "full", changes))
+def test_bad_values_are_named(changes, says):
+    refused(says, load_settings, "full", changes)
 
 
 def test_what_artefacts_depend_on_is_said_in_one_place():
