@@ -46,19 +46,19 @@ def test_all_responses_are_there_and_their_probabilities_add_up(world):
 
 
 def test_scores_are_found_again_and_a_missing_eos_costs(world):
-    prompts = torch.tensor([exact_world.PROMPT] * 500)
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.ones_like(prompts)
-    options = (exact_world.EOS, 3, 1.0, generator)
+    prompts, mask = torch.full((500, 1), exact_world.EOS), torch.ones(500, 1).long()
+    options = (exact_world.EOS, 3, 1.0, torch.Generator().manual_seed(0))
     ids, attention, mask = sample_responses(world.reference, prompts, mask, *options)
     scores, _ = world.score(ids, attention, mask)
     names = dict(zip(world.names(), world.scores.tolist(), strict=True))
-    for row, m, score in zip(ids[:, 1:], mask, scores.tolist(), strict=True):
+    found = set()
+    for row, m, score in zip(ids[:, 1:], mask, scores, strict=True):
         words = [exact_world.WORDS[word] for word in row[m.bool()]]
-        name = " ".join(words) + (" …" if words[-1] != "EOS" else "")
-        assert names[name] == score
-        if words[-1] != "EOS":
-            assert score == exact_world.SETTINGS.missing_eos_score
+        ended = words[-1] == "EOS"
+        assert names[" ".join(words + ["…"] * (not ended))] == score
+        assert ended or score == exact_world.SETTINGS.missing_eos_score
+        found.add(ended)
+    assert len(found) == 2
     # responses may all be short: the batch is then narrower than three slots
     short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
     assert short.item() == names["EOS"]

@@ -48,11 +48,7 @@ SICK = {"me/model": ROOT / "utils"}  # described, but it cannot be read
 CAUSES = {
     "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
     # The real hub says 401 to a stranger who asks for what is not there
-    "unknown, or private": (
-        refuses((401, NOT_THERE)),
-        "401",
-        "correct the name.*TOKEN",
-    ),
+    "not there": (refuses((401, NOT_THERE)), "401", "correct the name.*TOKEN"),
     "gated": (refuses((403, "GatedRepo")), "403", "accept its terms.*HF_TOKEN"),
     "out of order": (refuses(503), "503 Service Unavailable", ONLINE),
     "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
@@ -108,11 +104,6 @@ def test_what_a_hub_does_is_one_sentence(network, monkeypatch, fault):
         refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
     assert modes[0] or not re.search("refused|timed|resol", cause)
     assert not is_offline_mode()
-
-
-def test_what_is_not_in_the_cache_needs_the_hub(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(rf"'me/nothing' \(.*\); .*({ONLINE})", load_causal_lm, "me/nothing")
 
 
 LOAD = """
@@ -177,7 +168,7 @@ def test_models_and_data_set_come_from_the_hub(cached, world):
 
 
 WAIT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-AWAY = [(nobody, {}), (silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
+AWAY = [(silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
 
 
 @pytest.mark.slow
@@ -193,35 +184,28 @@ CONFIG = "- {{config_name: {0}, data_files: {0}.jsonl}}\n"
 BOTH = "OSError: .*'cola', 'sst2'.*dataset_config"
 FORMS = {  # what, name and configuration; what is said
     ("data set", "nyu-mll/glue", ""): BOTH,
-    ("data set", "nyu-mll/glue", "sst"): BOTH,
     ("data set", "nyu-mll/glue", "sst2"): r"\['sst2 0, .*",
-    ("data set", "nyu-mll/glue/sst2", ""): "OSError: .*correct the name",
     ("data set", "glue/sst2", ""): "OSError: .*404.*correct the name",
-    ("data set", "me/script", ""): "OSError: .*scripts are no longer .*name another",
     ("data set", "me/empty", ""): "OSError: .*any data files.*name another",
     ("data set", "me/closed", ""): "OSError: .*gated.*accept its terms",
     ("model", "me/closed"): "OSError: .*403.*accept its terms",
-    ("model", "me/none"): "OSError: .*404.*correct the name",
 }
 
 
 def test_repositories_of_other_forms(cached, tmp_path, world):
     """The hub is out of order for the first five requests, and then no longer."""
-    glue, script, empty, large = (tmp_path / x for x in ("g", "script", "e", "large"))
+    glue, empty, large = (tmp_path / x for x in ("glue", "empty", "large"))
     for name in ("cola", "sst2"):
         written(glue / f"{name}.jsonl", JSONL.replace("film", name))
     head = "".join(map(CONFIG.format, ("cola", "sst2")))
     written(glue / "README.md", f"---\nconfigs:\n{head}---\n")
-    written(script / "script.py", "import datasets\n")
     written(empty / "README.md", "nothing here\n")
     model, sets = world / "model", world / "dataset"
     load_causal_lm(model).save_pretrained(large, max_shard_size="500KB")
     assert len(list(large.glob("*.safetensors"))) > 1
-    models = {"gpt2": model, "me/large": large, "me/closed": model}
-    found = {"stanfordnlp/sst2": sets, "nyu-mll/glue": glue, "me/closed": sets}
-    found |= {"me/script": script, "me/empty": empty}
-    usual = {case: re.escape(str(x)) for case, x in zip(USUAL, cached[1], strict=False)}
-    cases = usual | {("model", "me/large"): usual["model", "gpt2"]} | FORMS
+    models = {"me/large": large, "me/closed": model}
+    found = {"nyu-mll/glue": glue, "me/closed": sets, "me/empty": empty}
+    cases = {("model", "me/large"): re.escape(str(cached[1][0]))} | FORMS
     refuse, fault = {"me/closed": (403, "GatedRepo")}, lambda n: 503 if n < 5 else None
     with hub.serve(models, found, fault, files=refuse) as address:
         environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}

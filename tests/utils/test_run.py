@@ -54,15 +54,11 @@ CELLS = [
     (FIRST, "", "tiny", {}),
     (FIRST, "--preset full", "full", {}),
     (FIRST, "--set seed=3 --set rm_epochs=2", "tiny", {"seed": 3, "rm_epochs": 2}),
-    (FIRST, "--set eval_prompts=1e3", "tiny", {"eval_prompts": 1000}),
     (FIRST, "--set train_anyway=True", "tiny", {"train_anyway": True}),
-    (FIRST, "--set model_name=gpt2", "tiny", {"model_name": "gpt2"}),
     (FIRST, "--set positive_label=4,5", "tiny", {"positive_label": "4,5"}),
     # What the cell says stays where the command says nothing, however it says it
     ('PRESET = "full"\nCHANGES = {"seed": 7}', "", "full", {"seed": 7}),
     ('PRESET = ""\nCHANGES = {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
-    ('PRESET = ""\nCHANGES = {\n    "seed": 7,\n}', "", "tiny", {"seed": 7}),
-    ('PRESET, CHANGES = "full", {"seed": 7}', "--preset tiny", "tiny", {"seed": 7}),
     (FIRST + '\nCHANGES |= {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
 ]
 

@@ -99,22 +99,6 @@ def test_a_real_kernel():
     assert picture.metadata["image/png"] == {"alt": alt, "width": 600}
 
 
-def test_tensorboards_files_hold_the_figures(tmp_path):
-    """Read back with TensorBoard's own reader; the numbers are 32 bits there."""
-    pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    settings = {"runs_dir": str(tmp_path), "log_to": "tensorboard"}
-    tracker = start_tracker(dataclasses.replace(TINY, **settings))
-    for step, row in enumerate(HISTORY, start=1):
-        tracker.log(row, step=step)
-    tracker.end_training()
-    files = [EventAccumulator(str(p)).Reload() for p in tmp_path.rglob("*tfevents*")]
-    read = [e for file in files if file.Tags()["scalars"] for e in file.Scalars("kl")]
-    assert [e.step for e in read] == [1, 2, 3, 4, 5]
-    assert [e.value for e in read] == pytest.approx([row["kl"] for row in HISTORY])
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_missing_is_one_sentence(tmp_path, name):
     """Else a run of hours would be sent nowhere; and nothing is sent unasked."""
