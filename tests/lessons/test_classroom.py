@@ -8,15 +8,11 @@ import shutil
 import textwrap
 
 import pytest
-import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, code_cells, needs_posix, ours, read, run_series
-from utils.data import load_tokenizer
 from utils.runs import NOTEBOOKS, STAGES
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -213,25 +209,3 @@ def test_what_ends_a_run_is_said(short, folder, number, change, says):
     ((line,),) = (out.traceback for out in outputs if out.output_type == "error")
     assert re.match(says, line) and "\n" not in line, line
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-def test_another_model_runs_by_its_name_alone(world, short, tmp_path):
-    """A Llama, and a tokenizer that begins every text with the token that ends one."""
-    tokenizer = load_tokenizer(world / "model")
-    eos, words = tokenizer.eos_token, tokenizer.backend_tokenizer
-    words.post_processor = TemplateProcessing(f"{eos} $A", special_tokens=[(eos, 0)])
-    ends = {"tokenizer_object": words, "bos_token": eos, "eos_token": eos}
-    PreTrainedTokenizerFast(**ends).save_pretrained(tmp_path / "model")
-    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, **ids, tie_word_embeddings=False))
-    llama.save_pretrained(tmp_path / "model")
-    mine = {"model_name": tmp_path / "model", "runs_dir": tmp_path}
-    done = run_series(changes=short | mine)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(abs(x) < 1e6 for x in figures(tmp_path / "tiny")["after"].values())
-    sft = figures(tmp_path / "tiny", "sft")
-    before, after = (sft[when]["validation_loss"] for when in ("before", "after"))
-    assert after < before - 0.5
