@@ -2,30 +2,19 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (in, out)
 
 from practice.checks.comparison import check
 
 SIZE, RANK = 5, 3  # as many inputs as outputs: what is turned around still fits
 
 
-class Conv1D(nn.Module):
-    """A layer like GPT-2's: its weight is (in, out)."""
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        return x @ self.weight + self.bias
-
-
 def _of_layers(case):
     """What a function says of the same W (out, in) and bias in both kinds of layer."""
     W, bias = case.normal(SIZE, SIZE), case.normal(SIZE)
-    linear = nn.Linear(SIZE, SIZE, dtype=torch.float64)
-    linear.weight.data, linear.bias.data = W.clone(), bias.clone()
-    layers = {"nn.Linear": linear, "Conv1D": Conv1D(W.t().contiguous(), bias.clone())}
+    layers = {"nn.Linear": nn.Linear(SIZE, SIZE), "Conv1D": Conv1D(SIZE, SIZE)}
+    for layer, weight in zip(layers.values(), (W, W.t()), strict=True):
+        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
     A, B, alpha = case.normal(RANK, SIZE), case.normal(SIZE, RANK), case.uniform(5, 9)
 
     @torch.no_grad()

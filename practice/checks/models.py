@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from practice.checks.comparison import check
 
@@ -72,31 +73,7 @@ def check_lm_labels(case):
     return ids.where(before_the_last, EOS), case.mask
 
 
-class _Model(nn.Module):
-    """A causal language model of tables, called like those of transformers.
-
-    The hidden state at a place depends on its position and on all tokens up to it, so
-    that a place too far to either side shows.
-    """
-
-    base_model = property(lambda self: self)
-
-    def __init__(self, case, n_words, size, n_places):
-        super().__init__()
-        sizes = (n_words, n_places, n_words)
-        self.words, self.places, weight = (case.normal(n, size) for n in sizes)
-        self.head = SimpleNamespace(weight=weight, bias=None)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, input_ids, attention_mask, position_ids, **_ignored):
-        seen = (self.words[input_ids] * attention_mask[..., None]).cumsum(dim=1)
-        hidden = torch.tanh(seen / 2 + self.places[position_ids])
-        logits = hidden @ self.head.weight.t()
-        return SimpleNamespace(last_hidden_state=hidden, logits=logits)
-
-
+@torch.no_grad()
 def _each_alone(
     policy, ids, attention_mask, mask, tau, late=(0, 0), padding=0, eos=1, hot=1
 ):
@@ -106,16 +83,16 @@ def _each_alone(
     """
     logprobs, values = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
     for b, n in enumerate(mask.sum(dim=1).tolist()):
-        text = ids[b][attention_mask[b].bool()]
-        start = len(text) - n
+        text = ids[b][attention_mask[b].bool()][None]
+        start = text.shape[1] - n
         in_front = attention_mask.shape[1] - mask.shape[1] - start
-        places = torch.arange(len(text)) + padding * in_front
-        out = policy.lm(text[None], torch.ones_like(text)[None], places[None])
+        places = torch.arange(text.shape[1])[None] + padding * in_front
+        out = policy.lm(text, position_ids=places, output_hidden_states=True)
         # The place before a token predicts it
         first, second = (slice(start - 1 + k, start - 1 + k + n) for k in late)
-        found = _logprobs(out.logits[:, first], text[None, start:], tau, hot)[0]
-        logprobs[b, :n] = found.where((text[start:] != 0) | bool(eos), 0)
-        values[b, :n] = policy.value_head(out.last_hidden_state[0, second])
+        found = _logprobs(out.logits[:, first], text[:, start:], tau, hot)[0]
+        logprobs[b, :n] = found.where((text[0, start:] != 0) | bool(eos), 0)
+        values[b, :n] = policy.value_head(out.hidden_states[-1][0, second])
     return logprobs, values
 
 
@@ -146,7 +123,11 @@ def check_evaluate_responses(case):
     ended = case.lengths < case.mask.shape[1]  # the longest response never ends
     ids[ended, 3 + case.lengths[ended]] = 0
     tau = case.uniform(1.3, 2.0)
-    lm, weights = _Model(case, 6, 4, ids.shape[1] + 4), case.normal(4)
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": ids.shape[1] + 4}
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=6, **sizes)).double().eval()
+    for weight in lm.parameters():  # far from uniform, so that a place too far shows
+        weight.data = case.normal(*weight.shape)
+    weights = case.normal(4)
     policy = SimpleNamespace(lm=lm, value_head=lambda hidden: hidden @ weights)
     return policy, ids, attention_mask, case.mask, tau
 

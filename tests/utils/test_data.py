@@ -175,7 +175,8 @@ def written(path, content):
 
 @pytest.mark.parametrize("file", FILES)
 def test_files_and_folders(tmp_path, file):
-    found = load(written(tmp_path / "in [a] folder" / file, FILES[file]))
+    folder = tmp_path / ("in [a] folder" if "." in file else "in a folder")
+    found = load(written(folder / file, FILES[file]))
     rows = sorted((row["sentence"], row["label"]) for row in ROWS)
     assert sorted(found["train"] + found["validation"]) == rows
     assert len(found["validation"]) == 4
