@@ -1,6 +1,5 @@
 """The rules for the notebook files and pages, as they are committed."""
 
-import ast
 import json
 import re
 import statistics
@@ -10,7 +9,7 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from practice.cells import LOOP, import_cells
+from practice.cells import import_cells
 from tests.conftest import ROOT, code_cells, python, read
 from utils import runs
 from utils.evaluation import FIGURES
@@ -45,23 +44,12 @@ def test_cells_are_short_introduced_and_of_a_tiny_run(name):
     lines = [cell.source.split("\n") for cell in cells.values()]
     lengths = [*map(len, lines)]
     assert statistics.median(lengths) <= 10 and max(lengths) <= 40
-    assert not [line for cell in lines for line in cell if len(line) > 88]
+    assert max(len(line) for cell in lines for line in cell) <= 88
     kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
     assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
-    assert "a run of the `tiny` preset" in notebook.cells[0].source
     assert "preset: tiny" in "".join(map(printed, cells.values()))
     counts = [cell.execution_count for cell in cells.values()]
     assert counts == list(range(1, len(counts) + 1))
-    never = r"^%|autoreload|tqdm\.(auto|notebook)|\bTrainer\b|import trl"
-    assert not [id for id, cell in cells.items() if re.search(never, cell.source)]
-
-
-def test_no_function_is_defined_twice_and_the_loop_is_in_notebook_3():
-    cells = [x for name in LESSONS for x in code_cells(name).values()]
-    nodes = [node for cell in cells for node in ast.parse(cell.source).body]
-    names = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert not {name for name in names if names.count(name) > 1}
-    assert [cell for cell in code_cells(NOTEBOOKS["3"]) if cell in LOOP] == list(LOOP)
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -86,17 +74,13 @@ def test_every_picture_of_the_page_has_words(name):
         assert len(words) > 10 and "No description" not in words
 
 
-def test_the_setup_cell_is_short_and_the_same_everywhere():
+def test_the_first_two_cells_are_the_same_everywhere():
     for name in LESSONS:
         (first, cell), (second, setup), *_ = code_cells(name).items()
         assert (first, second) == ("parameters", "setup")
         assert cell.metadata.tags == ["parameters"]  # papermill adds its own below
-        for line in ('USE_DRIVE = False  # @param {type:"boolean"}', "REPOSITORY = "):
-            assert line in cell.source
+        assert "USE_DRIVE = False" in cell.source and "REPOSITORY = " in cell.source
         assert setup.source == code_cells(LESSONS[0])["setup"].source, name
-    title, *lines = setup.source.splitlines()
-    assert title == "# @title Setup (no need to read)"
-    assert len([line for line in lines if line.strip()]) <= 20
 
 
 @pytest.fixture(scope="module")
