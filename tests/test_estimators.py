@@ -14,7 +14,7 @@ from more.estimators import (
     rloo_advantages,
 )
 from practice.cells import import_cells
-from tests.test_ppo import t
+from tests.small import t
 from utils.runs import NOTEBOOKS
 from utils.settings import load_settings
 

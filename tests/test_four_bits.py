@@ -9,7 +9,7 @@ import torch
 from more import lora
 from more.memory import NF4_BITS
 from practice.cells import LOOP, import_cells
-from tests.test_loop import collect, guarded, update
+from tests.small import collect, guarded, update
 from tests.test_lora import free, gpt2, llama, off
 from utils.models import PolicyWithValueHead, load_causal_lm
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from more import lora
 from more.memory import bytes_of, counted_memory, layout_memory
 from practice.cells import LOOP, import_cells
-from tests.test_loop import SETTINGS, collect, guarded
+from tests.small import SETTINGS, collect, guarded
 from tests.test_lora import SHARED, free, gpt2, llama
 from utils.models import PolicyWithValueHead, freeze
 from utils.runs import ROOT

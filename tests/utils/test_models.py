@@ -1,11 +1,10 @@
-import math
 import re
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.test_data import refused
+from tests.conftest import refused
 from utils import models
 from utils.data import load_tokenizer, pad
 from utils.models import RewardModel, freeze, load_causal_lm
@@ -34,18 +33,15 @@ def test_position_ids_by_hand():
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(make, dtype, bound, side):
-    model = make().to(dtype)
-    ids, mask = pad(ROWS, pad_id=0, side=side)
+def test_padding_changes_nothing(make, side):
+    model, (ids, mask) = make().double(), pad(ROWS, pad_id=0, side=side)
     with torch.no_grad():
-        together = models.vocabulary_logits(
-            model, models.hidden_states(model.base_model, ids, mask)
-        )
-        for i, row in enumerate(ROWS):
+        hidden = models.hidden_states(model.base_model, ids, mask)
+        together = models.vocabulary_logits(model, hidden)
+        for row, real, ours in zip(ROWS, mask.bool(), together, strict=True):
             alone = model(torch.tensor([row])).logits[0]
-            assert (together[i][mask[i].bool()] - alone).abs().max() <= bound
+            torch.testing.assert_close(ours[real], alone, atol=1e-9, rtol=0)
 
 
 def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
@@ -59,13 +55,7 @@ def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
         assert model.config.activation_function == "gelu_pytorch_tanh"
 
 
-def test_heads_as_they_begin():
-    torch.manual_seed(0)
-    head = models.RewardHead(10_000)
-    assert head.bias.item() == 0
-    # the standard error of the spread of 10,000 draws is 0.7 %
-    assert head.weight.std().item() == pytest.approx(1 / math.sqrt(10_001), rel=0.03)
-    assert abs(head.weight.mean().item()) < 4 / 10_000
+def test_a_fresh_critic_expects_nothing():
     values = models.PolicyWithValueHead(gpt2()).value_head(torch.randn(3, 4, 16))
     assert values.shape == (3, 4) and values.eq(0).all()
 
@@ -88,22 +78,17 @@ def test_heads_and_logits_are_float32_under_autocast():
         assert models.RewardHead(16)(hidden).dtype == torch.float32
 
 
-def test_a_reward_model_is_a_frozen_trunk_and_survives_saving(tmp_path):
+def test_a_reward_model_has_no_vocabulary_and_survives_saving(tmp_path):
     lm = gpt2()
     lm.save_pretrained(tmp_path / "lm")
-    model = freeze(RewardModel.from_pretrained(tmp_path / "lm").train())
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    model = RewardModel.from_pretrained(tmp_path / "lm")
     for name, weight in lm.base_model.named_parameters():
         assert torch.equal(weight, model.trunk.get_parameter(name))
     outputs = [m.out_features for m in model.modules() if hasattr(m, "out_features")]
-    assert outputs == [1]  # and no vocabulary projection
+    assert outputs == [1]
     model.save_pretrained(tmp_path / "rm")
-    reloaded = freeze(RewardModel.from_pretrained(tmp_path / "rm"))
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, reloaded.get_parameter(name))
-    batch = pad(ROWS, pad_id=0, side="left")
-    # The same weights elsewhere in memory may be added up in another order
-    torch.testing.assert_close(model(*batch), reloaded(*batch), atol=1e-6, rtol=0)
+    again = RewardModel.from_pretrained(tmp_path / "rm").state_dict()
+    torch.testing.assert_close(again, model.state_dict(), atol=0, rtol=0)
     assert {f.suffix for f in (tmp_path / "rm").iterdir()} == {".json", ".safetensors"}
 
 
@@ -126,19 +111,13 @@ SICK = {  # a file, what is done to it, what cannot be loaded any more, and the 
     "torn weights": (WEIGHTS, torn, "lm rm", "SafetensorError: "),
     "pickled weights": (WEIGHTS, pickled, "lm rm", WEIGHTS),
     "a torn reward head": (HEAD, torn, "rm", "SafetensorError: "),
-    "another's reward head": (
-        HEAD,
-        lambda head: head.write_bytes(head.with_name(WEIGHTS).read_bytes()),
-        "rm",
-        "Missing key",
-    ),
     "a torn tokenizer": ("tokenizer.json", torn, "words", "JSONDecodeError: Expecting"),
 }
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", SICK)
-def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, world, survived, fault):
+def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, world, fault):
     file, spoil, whats, cause = SICK[fault]
     folder = tmp_path / "[a] 401 token 503"  # which are not the cause
     load_tokenizer(world / "model").save_pretrained(folder)
@@ -148,7 +127,7 @@ def test_a_damaged_or_foreign_folder_is_one_sentence(tmp_path, world, survived, 
     spoil(folder / file)
     for what in whats.split():
         says = f"{re.escape(str(folder))}.*{cause}.*; make it anew, or name another$"
-        survived(f"{fault}: {what}", refused(says, LOADERS[what], folder))
+        refused(says, LOADERS[what], folder)
 
 
 SMALL = [  # a model, the settings, and what is said of it; nothing: it fits
@@ -161,9 +140,7 @@ SMALL = [  # a model, the settings, and what is said of it; nothing: it fits
 
 @pytest.mark.faults
 @pytest.mark.parametrize("sizes, changes, says", SMALL)
-def test_a_model_too_small_for_the_texts(
-    tmp_path, world, survived, sizes, changes, says
-):
+def test_a_model_too_small_for_the_texts(tmp_path, world, sizes, changes, says):
     gpt2(**{"vocab_size": 1200, **sizes}).save_pretrained(tmp_path / "lm")
     load_tokenizer(world / "model").save_pretrained(tmp_path / "lm")
     names = {"model_name": str(tmp_path / "lm"), "runs_dir": str(tmp_path)}
@@ -171,4 +148,4 @@ def test_a_model_too_small_for_the_texts(
     if says is None:
         prepare(*made)
     else:
-        survived(f"a model of {sizes}", refused(says, prepare, *made))
+        refused(says, prepare, *made)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.test_rollout import small_lm
+from tests.small import small_lm, small_tokenizer
 from utils.__main__ import parse
 from utils.data import load_tokenizer
 from utils.models import RewardModel, load_causal_lm
@@ -22,14 +21,6 @@ from utils.settings import load_settings
 
 pytestmark = pytest.mark.faults
 NAMES, METRICS = ("sft", "reward_model"), {"before": {}, "after": {"loss": 1.5}}
-
-
-def small_tokenizer(words="abcdefghi"):
-    """One of `small_lm`'s ten words: EOS, and a letter each."""
-    vocabulary = {word: i for i, word in enumerate(["EOS", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="EOS"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="EOS")
 
 
 @pytest.fixture
@@ -72,21 +63,19 @@ def test_a_missing_artefact_names_both_ways_out(saved):
     assert Path(name).name == "1-SFT.ipynb" and settings == wanted
 
 
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        # what the two models do not depend on
-        ({"ppo_lr": 1.0, "kl_coef": 3.0, "max_new_tokens": 7, "eval_prompts": 2}, None),
-        # what errors of the loop advise; the weights are float32 in any case
-        ({"precision": "float32"}, None),
-        ({"sft_lr": 0.25}, "sft was made with .*{'sft_lr': 0.001}"),
-        ({"rm_epochs": 2}, "reward_model was made with .*'rm_epochs': 1.* notebook 2"),
-        ({"seed": 7, "max_tokens": 9}, "{'seed': 42, 'max_tokens': 66}"),
-        ({"model_name": "gpt2-medium"}, "'runs/tiny/world/model'"),
-        ({"dataset_name": "imdb"}, "'runs/tiny/world/dataset'"),
-        ({"batch_size": 8}, "notebook 1 again, or add .* to CHANGES"),
-    ],
-)
+TAKEN_UP = [  # other settings, and what is said; nothing: it is taken up
+    # what the two models do not depend on
+    ({"ppo_lr": 1.0, "kl_coef": 3.0, "max_new_tokens": 7, "eval_prompts": 2}, None),
+    # what errors of the loop advise; the weights are float32 in any case
+    ({"precision": "float32"}, None),
+    ({"rm_epochs": 2}, "reward_model was made with .*'rm_epochs': 1.* notebook 2"),
+    ({"seed": 7, "max_tokens": 9}, "sft was .*{'seed': 42, 'max_tokens': 66}"),
+    ({"model_name": "gpt2-medium"}, "'runs/tiny/world/model'"),
+    ({"batch_size": 8}, "notebook 1 again, or add .* to CHANGES"),
+]
+
+
+@pytest.mark.parametrize("changes, says", TAKEN_UP)
 def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, says):
     settings = dataclasses.replace(saved, **changes)
     folders = [str(saved.folder / name) for name in NAMES]
@@ -94,18 +83,6 @@ def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, says):
     with refused if says else contextlib.nullcontext():
         assert find_artefacts(settings, *NAMES) == folders
     assert all(map(os.path.exists, folders))  # another one's are not broken ones
-
-
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "settings.json", "tokenizer.json"]
-)
-def test_a_damaged_artefact_is_named_and_stays(saved, file):
-    file = saved.folder / "sft" / file
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(OSError, match=f"cannot load .*{saved.folder}/sft'"):
-        load_tokenizer(*find_artefacts(saved, "sft"))
-        load_causal_lm(*find_artefacts(saved, "sft"))
-    assert file.stat().st_size == 100
 
 
 STEPS = [(PreTrainedTokenizerFast, "save_pretrained"), (Path, "rename")]

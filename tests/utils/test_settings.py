@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tests.test_data import refused
+from tests.conftest import refused
 from utils.runs import prepare
 from utils.settings import FULL, TINY, Settings, load_settings
 
@@ -45,32 +45,25 @@ WRONG = [
     ({"preset": "tiny"}, "no setting 'preset'"),
     ({"ppo_episodes": "512"}, "ppo_episodes must be a whole number.*'512'"),
     ({"ppo_episodes": 51.2}, "ppo_episodes must be a whole number.*51.2"),
-    ({"ppo_episodes": True}, "ppo_episodes must be a whole number.*True"),
-    ({"ppo_episodes": None}, "ppo_episodes must be a whole number.*None"),
     ({"ppo_episodes": 100}, r"ppo_episodes \(100\) .*multiple of ppo_rollout_size"),
     ({"ppo_micro_batch_size": 48}, r"ppo_minibatch_size.*micro_batch_size \(48"),
     ({"kl_coef": "0.1"}, "kl_coef must be a.* number.*'0.1'"),
-    ({"kl_coef": [0.1]}, r"kl_coef must be a.* number.*\[0.1\]"),
     ({"kl_coef": -1}, "kl_coef must be from 0 .*-1"),
     ({"kl_coef": 0, "kl_target": 6}, "kl_coef must be above 0.*kl_target"),
     ({"ppo_lr": 0}, "ppo_lr must be above 0.*0"),
-    ({"ppo_lr": float("inf")}, "ppo_lr must be a finite.*inf"),
     ({"missing_eos_score": float("nan")}, "missing_eos_score must be a finite.*nan"),
     ({"batch_size": 0}, "batch_size must be from 1 .*0"),
-    ({"max_tokens": 1}, "max_tokens must be from 2 .*1"),
     ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1.*1.5"),
     ({"train_anyway": "yes"}, "train_anyway must be True or False.*'yes'"),
-    ({"text_column": None}, "text_column must be a text.*None"),
     ({"precision": "int8"}, "precision.*float16.*'int8'"),
     ({"device": "cuda:1"}, "device.*auto.*cpu.*cuda.*mps.*'cuda:1'"),
-    ({"log_to": "wandbs"}, "log_to.*tensorboard.*wandb.*trackio.*'wandbs'"),
 ]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("changes, says", WRONG)
-def test_bad_values_are_named(survived, changes, says):
-    survived(f"settings {changes}", refused(says, load_settings, "full", changes))
+def test_bad_values_are_named(changes, says):
+    refused(says, load_settings, "full", changes)
 
 
 def test_what_artefacts_depend_on_is_said_in_one_place():

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.utils import close_session
 
 from tests import hub
-from tests.conftest import ROOT
-from tests.test_data import JSONL, refused, written
+from tests.conftest import ROOT, refused
+from tests.utils.test_data import JSONL, written
 from utils import data
 from utils.models import load_causal_lm
 from utils.settings import TINY
@@ -48,32 +48,16 @@ SICK = {"me/model": ROOT / "utils"}  # described, but it cannot be read
 CAUSES = {
     "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
     # The real hub says 401 to a stranger who asks for what is not there
-    "unknown, or private": (
-        refuses((401, NOT_THERE)),
-        "401",
-        "correct the name.*TOKEN",
-    ),
-    "an old token": (refuses(401), "401", "HF_TOKEN"),
+    "not there": (refuses((401, NOT_THERE)), "401", "correct the name.*TOKEN"),
     "gated": (refuses((403, "GatedRepo")), "403", "accept its terms.*HF_TOKEN"),
-    "gated, to a stranger": (refuses((401, "GatedRepo")), "401", "accept its terms"),
     "out of order": (refuses(503), "503 Service Unavailable", ONLINE),
     "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
     "hangs up": (refuses(()), "disconnected", ONLINE),
     "silent": (silent, "timed out", ONLINE),
     "nobody there": (nobody, "Connection refused", ONLINE),
     "no network": (lambda: contextlib.nullcontext(FAR), "name resolution", ONLINE),
-    "of a strange certificate": (
-        lambda: silent("https"),
-        "self-signed",
-        "SSL_CERT_FILE",
-    ),
+    "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
     "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
-    "a proxy of another kind": (
-        lambda: silent("no"),
-        "scheme for proxy",
-        "HTTPS_PROXY",
-    ),
-    "a proxy with no library": (lambda: silent("socks5"), "socks", "HTTPS_PROXY"),
     "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
 }
 
@@ -89,9 +73,7 @@ def network(monkeypatch):
         return look_up(host, *rest, **options)
 
     def unbelievable(*_, **__):
-        raise ssl.SSLCertVerificationError(
-            1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"
-        )
+        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_...] self-signed")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", unbelievable)
@@ -105,7 +87,7 @@ def network(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", CAUSES)
-def test_what_a_hub_does_is_one_sentence(network, monkeypatch, survived, fault):
+def test_what_a_hub_does_is_one_sentence(network, monkeypatch, fault):
     """It quotes the innermost cause; and who cannot be reached is not asked again."""
     (place, cause, remedy), modes = CAUSES[fault], []
 
@@ -119,15 +101,9 @@ def test_what_a_hub_does_is_one_sentence(network, monkeypatch, survived, fault):
             monkeypatch.setenv("HTTP_PROXY", address)
             address = FAR
         monkeypatch.setattr(data, "repo_info", HfApi(address).repo_info)
-        said = refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
+        refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
     assert modes[0] or not re.search("refused|timed|resol", cause)
     assert not is_offline_mode()
-    survived(f"hub: {fault}", said)
-
-
-def test_what_is_not_in_the_cache_needs_the_hub(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(rf"'me/nothing' \(.*\); .*({ONLINE})", load_causal_lm, "me/nothing")
 
 
 LOAD = """
@@ -192,63 +168,46 @@ def test_models_and_data_set_come_from_the_hub(cached, world):
 
 
 WAIT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-AWAY = [(nobody, {}), (silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
+AWAY = [(silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place, environ", AWAY)
-def test_what_is_cached_needs_no_hub(cached, survived, place, environ):
+def test_what_is_cached_needs_no_hub(cached, place, environ):
     home, found, _ = cached
     with place() as address:
         again, _ = loads(USUAL, HF_ENDPOINT=address, HF_HOME=home, **environ)
     assert again == [*found[:-1], "HF_HUB_OFFLINE" in environ]  # as it was before
-    survived("hub: away, all in the cache", f"loaded, with {environ}")
 
 
 CONFIG = "- {{config_name: {0}, data_files: {0}.jsonl}}\n"
 BOTH = "OSError: .*'cola', 'sst2'.*dataset_config"
 FORMS = {  # what, name and configuration; what is said
     ("data set", "nyu-mll/glue", ""): BOTH,
-    ("data set", "nyu-mll/glue", "sst"): BOTH,
     ("data set", "nyu-mll/glue", "sst2"): r"\['sst2 0, .*",
-    ("data set", "nyu-mll/glue/sst2", ""): "OSError: .*correct the name",
     ("data set", "glue/sst2", ""): "OSError: .*404.*correct the name",
-    ("data set", "me/script", ""): "OSError: .*scripts are no longer .*name another",
     ("data set", "me/empty", ""): "OSError: .*any data files.*name another",
     ("data set", "me/closed", ""): "OSError: .*gated.*accept its terms",
     ("model", "me/closed"): "OSError: .*403.*accept its terms",
-    ("model", "me/none"): "OSError: .*404.*correct the name",
 }
 
 
-def test_repositories_of_other_forms(cached, tmp_path, world, survived):
+def test_repositories_of_other_forms(cached, tmp_path, world):
     """The hub is out of order for the first five requests, and then no longer."""
-    glue, script, empty, large = (tmp_path / x for x in ("g", "script", "e", "large"))
+    glue, empty, large = (tmp_path / x for x in ("glue", "empty", "large"))
     for name in ("cola", "sst2"):
         written(glue / f"{name}.jsonl", JSONL.replace("film", name))
     head = "".join(map(CONFIG.format, ("cola", "sst2")))
     written(glue / "README.md", f"---\nconfigs:\n{head}---\n")
-    written(script / "script.py", "import datasets\n")
     written(empty / "README.md", "nothing here\n")
-    lm, model, sets = (
-        load_causal_lm(world / "model"),
-        world / "model",
-        world / "dataset",
-    )
-    lm.save_pretrained(large, max_shard_size="500KB")
+    model, sets = world / "model", world / "dataset"
+    load_causal_lm(model).save_pretrained(large, max_shard_size="500KB")
     assert len(list(large.glob("*.safetensors"))) > 1
-    models = {"gpt2": model, "me/large": large, "me/closed": model}
-    found = {"stanfordnlp/sst2": sets, "nyu-mll/glue": glue, "me/closed": sets}
-    found |= {"me/script": script, "me/empty": empty}
-    usual = {case: re.escape(str(x)) for case, x in zip(USUAL, cached[1], strict=False)}
-    cases = usual | {("model", "me/large"): usual["model", "gpt2"]} | FORMS
+    models = {"me/large": large, "me/closed": model}
+    found = {"nyu-mll/glue": glue, "me/closed": sets, "me/empty": empty}
+    cases = {("model", "me/large"): re.escape(str(cached[1][0]))} | FORMS
     refuse, fault = {"me/closed": (403, "GatedRepo")}, lambda n: 503 if n < 5 else None
     with hub.serve(models, found, fault, files=refuse) as address:
         environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
         said = dict(zip(cases, loads(list(cases), **environ)[0], strict=False))
-    for case, sentence in said.items():
-        survived(f"hub: {' '.join(case)}", str(sentence))
-    wrong = {
-        x: said[x] for x, says in cases.items() if not re.match(says, str(said[x]))
-    }
-    assert not wrong
+    assert {x: s for x, s in said.items() if not re.match(cases[x], str(s))} == {}

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from more.estimators import grpo_advantages, reinforce_advantages, rloo_advantages
-from practice.exact_gradients import (
-    exact_gradient,
-    moments,
-    token_gradients,
-)
+from practice.exact_gradients import exact_gradient, moments, token_gradients
 from practice.exact_world import ExactWorld
 from utils.ppo import compute_gae, token_rewards
 
@@ -84,9 +80,9 @@ def test_gae_with_the_exact_values_is_right_on_average(case, lam):
 
 
 def test_the_moments_are_those_of_a_simulation(case):
-    """100,000 groups: mean within 5 standard errors, variance within 3 %."""
+    """20,000 groups: mean within 5 standard errors, variance within 5 %."""
     world, lm, R = case
-    k, n = 3, 100_000
+    k, n = 3, 20_000
     expected = moments_of(case, k, lambda x: grpo_advantages(x, k))
     generator = torch.Generator().manual_seed(0)
     probs = world.logprobs(lm).detach().exp()
@@ -98,6 +94,6 @@ def test_the_moments_are_those_of_a_simulation(case):
     mean = counts.mean(dim=0)
     spread = counts - mean
     variance = ((spread @ per_response @ per_response.t()) * spread).sum(dim=1).mean()
-    assert variance.item() == pytest.approx(expected.variance, rel=0.03)
+    assert variance.item() == pytest.approx(expected.variance, rel=0.05)
     error = (mean @ per_response - expected.mean).norm()
     assert error < 5 * (expected.variance / n) ** 0.5

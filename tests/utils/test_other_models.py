@@ -7,14 +7,14 @@ import pytest
 import torch
 import transformers
 
-from tests.test_data import refused
+from tests.conftest import refused
+from tests.small import EOS, PROMPTS
 from utils import models
 from utils.data import pad
 from utils.models import PolicyWithValueHead, RewardModel, freeze, load_causal_lm
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
 
 pytestmark = pytest.mark.faults
-EOS, PROMPTS = 0, [[5, 6, 7, 8], [3], [4, 2]]
 COMMON = {"vocab_size": 20, "bos_token_id": EOS, "eos_token_id": EOS}
 COMMON["pad_token_id"] = None
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -35,20 +35,13 @@ MODELS = {
     "OPT-350m, of two sizes": ("OPT", OPT_350M, None),
     "Gemma 3": ("Gemma3Text", GEMMA, None),
     "Mistral": ("Mistral", {**LLAMA, "sliding_window": 4}, None),
-    "Mixtral": ("Mixtral", LLAMA, None),
     "Qwen 2": ("Qwen2", LLAMA, None),
-    "Qwen 3": ("Qwen3", {**LLAMA, "head_dim": 8}, None),
-    "OLMo 2": ("Olmo2", LLAMA, None),
-    "StableLM": ("StableLm", LLAMA, None),
     "Pythia (GPT-NeoX)": ("GPTNeoX", BERT, None),
     "BLOOM, without positions": ("Bloom", {**GPT2, "hidden_size": 16}, None),
     "Falcon": ("Falcon", SIZES, None),
     "Granite": ("Granite", {**LLAMA, "logits_scaling": 8.0}, DIFFER),
-    "Granite MoE": ("GraniteMoe", {**LLAMA, "logits_scaling": 8.0}, DIFFER),
-    "Cohere": ("Cohere", LLAMA, DIFFER),
     "Gemma 2": ("Gemma2", GEMMA, DIFFER),
     "Phi 2": ("Phi", LLAMA, DIFFER),
-    "GPT-J": ("GPTJ", {**GPT2, "rotary_dim": 4}, DIFFER),
     "BERT": ("Bert", BERT, DIFFER),
     "Gemma 3 for embeddings": ("Gemma3Text", AHEAD, DIFFER),
     "RWKV": ("Rwkv", MAMBA | {"attention_hidden_size": 16}, DIFFER),
@@ -73,13 +66,12 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_goes_the_whole_way_or_is_refused(saved, survived, name):
+def test_a_model_goes_the_whole_way_or_is_refused(saved, name):
     """Loaded, sampled from, scored, looked at, and moved."""
     kind, sizes, fault = MODELS[name]
     folder = saved(kind, sizes)
     if fault:
-        said = refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
-        return survived(f"model: {name}", said)
+        return refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
     lm, reward_model = load_causal_lm(folder), RewardModel.from_pretrained(folder)
     prompts, random = pad(PROMPTS * 8, EOS, "left"), torch.Generator().manual_seed(0)
     texts = sample_responses(lm, *prompts, EOS, 6, 1.0, random)
@@ -92,7 +84,6 @@ def test_a_model_goes_the_whole_way_or_is_refused(saved, survived, name):
     assert off <= 1e-5
     (ours.sum() + values.sum()).backward()
     assert sum(p.grad.any() for p in policy.parameters() if p.grad is not None) > 5
-    survived(f"model: {name}", f"works; log-probabilities differ by {off:.0e}")
 
 
 @torch.no_grad()
@@ -127,15 +118,3 @@ def test_what_a_model_does_when_tried_is_one_sentence(saved, monkeypatch, change
     folder = saved("Llama", LLAMA)
     monkeypatch.setattr(models, "hidden_states", change)
     refused(f"{folder}.*{says}.*name another", load_causal_lm, folder)
-
-
-def test_trying_a_model_out_draws_nothing_and_changes_nothing(saved):
-    """Else the seeded figures of every run would depend on it."""
-    folder = saved("GPT2", GPT2)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    lm = load_causal_lm(folder)
-    assert torch.equal(torch.get_rng_state(), before)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    for name, weight in plain.named_parameters():
-        assert torch.equal(weight, lm.get_parameter(name))

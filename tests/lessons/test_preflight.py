@@ -11,9 +11,7 @@ import torch
 
 from practice.cells import LOOP, import_cells
 from tests.conftest import read
-from tests.test_artefacts import small_tokenizer
-from tests.test_loop import SETTINGS
-from tests.test_rollout import EOS, PROMPTS, small_lm
+from tests.small import EOS, PROMPTS, SETTINGS, small_lm, small_tokenizer
 from utils import models, rollout, runs
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.plots import CURVES

@@ -47,17 +47,6 @@ def test_every_picture_is_drawn_and_described():
     assert plots.smooth([1.0, 3.0], weight=0.5) == [1.0, (0.5 * 0.5 + 0.5 * 3) / 0.75]
 
 
-def test_pictures_show_what_they_are_given():
-    counts = [text.get_text() for text in plots.plot_classifier(*CLASSES).axes[0].texts]
-    assert counts == ["2", "1", "0", "3"]
-    figure = plots.plot_ppo(HISTORY, HISTORY[:3])
-    for axis, (_, title, unit, healthy) in zip(figure.axes, plots.CURVES, strict=True):
-        assert (axis.get_title(), axis.get_ylabel()) == (title, unit)
-        assert len(axis.lines) == 2 and len(axis.patches) == (healthy is not None)
-        low, high = axis.get_ylim()
-        assert low <= 0 and high >= 0.04
-
-
 FULL_GPU = """
 import torch, weakref
 from utils.runs import code_hash, say_errors_in_a_sentence
@@ -90,7 +79,7 @@ CELLS = {  # of one kernel: all that is said, or that it has the lines of a trac
 
 
 @pytest.mark.faults
-def test_a_real_kernel(survived):
+def test_a_real_kernel():
     """Errors, edits and pictures; the full GPU is raised by hand, as none is here."""
     notebook = new_notebook(cells=[new_code_cell(source) for source in CELLS])
     path = {"metadata": {"path": str(ROOT)}}
@@ -102,29 +91,12 @@ def test_a_real_kernel(survived):
     for cell in cells:
         outputs = [x.get("text") or "\n".join(x.traceback) for x in cell.outputs]
         expected = CELLS[cell.source].replace("hash", our_hash)
-        assert re.fullmatch(expected, said := "".join(outputs)), cell.source
-        survived(cell.source.strip().splitlines()[-1][:58], said)
+        assert re.fullmatch(expected, "".join(outputs)), cell.source
     (picture,) = picture.outputs
     png = Image.open(io.BytesIO(base64.b64decode(picture.data["image/png"])))
     alt = "Rewards of the same prompts' responses before and after PPO."
     assert png.size == (1200, 600)  # 6 by 3 inches, sharp on any screen
     assert picture.metadata["image/png"] == {"alt": alt, "width": 600}
-
-
-def test_tensorboards_files_hold_the_figures(tmp_path):
-    """Read back with TensorBoard's own reader; the numbers are 32 bits there."""
-    pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    settings = {"runs_dir": str(tmp_path), "log_to": "tensorboard"}
-    tracker = start_tracker(dataclasses.replace(TINY, **settings))
-    for step, row in enumerate(HISTORY, start=1):
-        tracker.log(row, step=step)
-    tracker.end_training()
-    files = [EventAccumulator(str(p)).Reload() for p in tmp_path.rglob("*tfevents*")]
-    read = [e for file in files if file.Tags()["scalars"] for e in file.Scalars("kl")]
-    assert [e.step for e in read] == [1, 2, 3, 4, 5]
-    assert [e.value for e in read] == pytest.approx([row["kl"] for row in HISTORY])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

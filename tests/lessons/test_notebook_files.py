@@ -1,18 +1,15 @@
 """The rules for the notebook files and pages, as they are committed."""
 
-import ast
 import json
 import re
 import statistics
 import subprocess
-import sys
-from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from practice.cells import LOOP, import_cells
+from practice.cells import import_cells
 from tests.conftest import ROOT, code_cells, python, read
 from utils import runs
 from utils.evaluation import FIGURES
@@ -47,23 +44,12 @@ def test_cells_are_short_introduced_and_of_a_tiny_run(name):
     lines = [cell.source.split("\n") for cell in cells.values()]
     lengths = [*map(len, lines)]
     assert statistics.median(lengths) <= 10 and max(lengths) <= 40
-    assert not [line for cell in lines for line in cell if len(line) > 88]
+    assert max(len(line) for cell in lines for line in cell) <= 88
     kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
     assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
-    assert "a run of the `tiny` preset" in notebook.cells[0].source
     assert "preset: tiny" in "".join(map(printed, cells.values()))
     counts = [cell.execution_count for cell in cells.values()]
     assert counts == list(range(1, len(counts) + 1))
-    never = r"^%|autoreload|tqdm\.(auto|notebook)|\bTrainer\b|import trl"
-    assert not [id for id, cell in cells.items() if re.search(never, cell.source)]
-
-
-def test_no_function_is_defined_twice_and_the_loop_is_in_notebook_3():
-    cells = [x for name in LESSONS for x in code_cells(name).values()]
-    nodes = [node for cell in cells for node in ast.parse(cell.source).body]
-    names = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert not {name for name in names if names.count(name) > 1}
-    assert [cell for cell in code_cells(NOTEBOOKS["3"]) if cell in LOOP] == list(LOOP)
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -88,17 +74,13 @@ def test_every_picture_of_the_page_has_words(name):
         assert len(words) > 10 and "No description" not in words
 
 
-def test_the_setup_cell_is_short_and_the_same_everywhere():
+def test_the_first_two_cells_are_the_same_everywhere():
     for name in LESSONS:
         (first, cell), (second, setup), *_ = code_cells(name).items()
         assert (first, second) == ("parameters", "setup")
         assert cell.metadata.tags == ["parameters"]  # papermill adds its own below
-        for line in ('USE_DRIVE = False  # @param {type:"boolean"}', "REPOSITORY = "):
-            assert line in cell.source
+        assert "USE_DRIVE = False" in cell.source and "REPOSITORY = " in cell.source
         assert setup.source == code_cells(LESSONS[0])["setup"].source, name
-    title, *lines = setup.source.splitlines()
-    assert title == "# @title Setup (no need to read)"
-    assert len([line for line in lines if line.strip()]) <= 20
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +145,7 @@ PLACES = [
 def test_setup_finds_the_repository(tmp_path, github, folder, given, said, found):
     (tmp_path / "utils").mkdir()  # a stranger's
     place = ROOT if found == OURS else tmp_path / "repository"
-    for _ in range(2):  # in another kernel, too
+    for _ in range(1 + (found != OURS)):  # what was cloned is found by another kernel
         where = setup_in(folder or tmp_path, github, given, said)
         assert where.startswith(f"{place} ") and found in where, where
         assert where.endswith(f" {place}"), where  # first on sys.path
@@ -174,25 +156,14 @@ def test_a_repository_that_cannot_be_cloned_is_a_sentence(tmp_path, github):
     assert said.endswith("write this notebook's address into REPOSITORY, above")
 
 
-def test_use_drive_keeps_the_models_on_drive(monkeypatch):
-    drive, told = ModuleType("colab"), {}
-    drive.drive = SimpleNamespace(mount=lambda place: told.update(mounted=place))
-    monkeypatch.setitem(sys.modules, "google.colab", drive)
-    monkeypatch.setattr(runs, "load_settings", lambda _, changes: told.update(changes))
-    with pytest.raises(AttributeError):  # there are no settings
-        runs.prepare("sft", "tiny", {"seed": 7}, use_drive=True)
-    place = "/content/drive/MyDrive/rlhf/runs"
-    assert told == {"mounted": "/content/drive", "seed": 7, "runs_dir": place}
-
-
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "exercises/README.md"]
 PAGES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *EVERY])
+@pytest.mark.parametrize("page", [*PAGES, *LESSONS])
 def test_the_links_and_pictures_of_a_page_are_there(page):
     text, folder = (ROOT / page).read_text("utf8"), (ROOT / page).parent
-    if page in EVERY:
+    if page in LESSONS:
         cells = read(page).cells
         text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
@@ -241,14 +212,3 @@ def test_the_readme_shows_the_figures_of_both_runs():
         means = [format(sum(x) / len(x), spec) if x else "" for x in each.values()]
         assert theirs == means, name
         assert name not in tiny or [x for x in (before, after) if x] == tiny[name], name
-
-
-def test_the_pages_name_the_same_pythons():
-    """And CI tries the newest; what runs the tests is one of them."""
-    low, high = re.search(r"Python (3\.\d+) to (3\.\d+)", README).groups()
-    pages = {"requirements.txt": f"{low} or newer; tried with {low}, 3.12 and {high}"}
-    pages["docs/settings.md"] = f"{low} or newer; {low}, 3.12 and {high} are tried"
-    pages[".ci/run"] = f"interpreter {high}"
-    for file, said in pages.items():
-        assert said in (ROOT / file).read_text("utf8"), file
-    assert sys.version_info[:2] >= tuple(map(int, low.split(".")))

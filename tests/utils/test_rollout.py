@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.mac import on_a_mac
+from tests.small import EOS, PROMPTS, small_lm
 from utils.data import pad
 from utils.models import label_logprobs, vocabulary_logits
 from utils.ppo import token_logprobs
@@ -23,18 +22,7 @@ from utils.rollout import (
     score_scale,
 )
 
-EOS, NAN = 0, math.nan
-PROMPTS = [[5, 6, 7, 8], [3], [4, 2]]
-
-
-def small_lm(vocabulary=10, seed=0):
-    torch.manual_seed(seed)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
-    ids = {"vocab_size": vocabulary, "bos_token_id": EOS, "eos_token_id": EOS}
-    model = GPT2LMHeadModel(GPT2Config(**ids, **sizes))
-    for weight in model.parameters():  # far from uniform, so that errors show
-        torch.nn.init.normal_(weight, std=0.3)
-    return model.double().eval()
+NAN = math.nan
 
 
 def sample(model, prompts=PROMPTS, n=20, seed=0, temperature=1.0):
@@ -58,22 +46,19 @@ def test_responses_stop_at_eos_and_the_mask_says_so():
     assert torch.equal(ids, again) and not torch.equal(ids, other)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_what_is_sampled_is_the_policy(temperature):
+def test_what_is_sampled_is_the_policy():
     """Frequencies of all two-token responses against their exact probabilities."""
-    model, n, prompts = small_lm(vocabulary=4), 4000, [[1, 2, 3], [2]]
-    ids, _, mask = sample(model, prompts * n, n=2, temperature=temperature)
-    responses = ids[:, -mask.shape[1] :]
+    model, n, prompts, tau = small_lm(vocabulary=4), 4000, [[1, 2, 3], [2]], 2.0
+    ids, _, mask = sample(model, prompts * n, n=2, temperature=tau)
+    responses = ids[:, -mask.shape[1] :].tolist()
     for k, prompt in enumerate(prompts):
-        drawn = [tuple(r.tolist()) for r in responses[k::2]]
-        for pair in itertools.product(range(4), repeat=2):
-            if pair[0] == EOS and pair[1] != EOS:
-                continue  # after EOS there is only filling
-            logits = model(torch.tensor([prompt + [pair[0]]])).logits[0] / temperature
-            p = logits[-2].softmax(0)[pair[0]].item()
-            if pair[0] != EOS:
-                p *= logits[-1].softmax(0)[pair[1]].item()
-            assert abs(drawn.count(pair) / n - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
+        for pair in [[EOS, EOS], *map(list, itertools.product((1, 2, 3), range(4)))]:
+            # after EOS there is only filling
+            logits = model(torch.tensor([prompt + pair[:1]])).logits[0, -2:] / tau
+            first, second = logits.softmax(-1)
+            p = first[pair[0]].item() * (second[pair[1]].item() if pair[0] else 1)
+            share = responses[k::2].count(pair) / n
+            assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
 
 
 def test_a_finished_response_costs_nothing():
@@ -225,17 +210,3 @@ def test_what_has_no_chance_is_never_drawn(monkeypatch):
         number = torch.full((2, 1), place, dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *_, x=number, **__: x)
         assert draw(torch.tensor([row] * 2)).tolist() == [word] * 2
-
-
-def test_tokens_are_drawn_on_a_mac_as_on_a_cpu(monkeypatch):
-    """The line is on the CPU, which has float64; the random numbers are the GPU's."""
-    probs, places = torch.rand(100, 9).softmax(-1), torch.linspace(0, 1, 101)[:-1, None]
-    mps, to = torch.device("mps"), torch.Tensor.to  # nothing goes there here
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda x, *there: x if mps in there else to(x, *there)
-    )
-    monkeypatch.setattr(
-        torch, "rand", lambda *_, device, dtype, **__: on_a_mac(places)
-        if device == mps and dtype == torch.float32 else places.double()
-    )  # fmt: skip
-    assert torch.equal(draw(on_a_mac(probs)), draw(probs))

@@ -6,23 +6,17 @@ import json
 import re
 import shutil
 import textwrap
-import time
 
 import pytest
-import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, code_cells, needs_posix, ours, read, run_series
-from utils.data import load_tokenizer
 from utils.runs import NOTEBOOKS, STAGES
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-TOKEN = "hf_" + "Thisisnotatokenbutacanaryof34chars"
 ROLLOUTS = 1280 // 64  # of which the 8th, the 16th and the last are saved
 
 
@@ -37,31 +31,11 @@ def short(world):
 
 @pytest.fixture(scope="module")
 def whole(short, tmp_path_factory):
-    """A run that nobody disturbed, in a copy of the project with a home of its own.
-
-    The folder of its models, the files that it wrote, and what was said.
-    """
-    folder = tmp_path_factory.mktemp("home") / "project"
-    skip = shutil.ignore_patterns(".*", "runs", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=skip)
-
-    start, home = time.time(), folder.parent
-    done = run_series(changes=short, cwd=folder, HF_TOKEN=TOKEN, HOME=str(home))
+    """The folder of the models of a run that nobody disturbed."""
+    runs = tmp_path_factory.mktemp("whole")
+    done = run_series(changes=short | {"runs_dir": runs})
     assert done.returncode == 0, done.stderr[-3000:]
-    new = [p for p in home.rglob("*") if p.is_file() and p.stat().st_mtime >= start]
-    return folder / "runs" / "tiny", new, done.stdout + done.stderr
-
-
-def test_nothing_is_written_elsewhere_and_no_token_anywhere(whole, survived):
-    """Only below runs/, and in the caches of the libraries."""
-    folder, new, said = whole
-    caches = (".cache", ".config", ".ipython", ".local/share/jupyter")
-    allowed = [folder.parent, *(folder.parents[2] / name for name in caches)]
-    elsewhere = [p for p in new if not any(p.is_relative_to(a) for a in allowed)]
-    assert new and not [path for path in elsewhere if path.suffix != ".pyc"]
-    assert TOKEN not in said
-    assert not [path for path in new if TOKEN.encode() in path.read_bytes()]
-    survived("files elsewhere, or with HF_TOKEN", f"none; {len(new)} were searched")
+    return runs / "tiny"
 
 
 def figures(folder, name="policy"):
@@ -76,7 +50,7 @@ def figures(folder, name="policy"):
 def folder(whole, tmp_path):
     """Where a run of the models of the undisturbed run, which are there, writes."""
     for name in ("sft", "reward_model"):
-        shutil.copytree(whole[0] / name, tmp_path / "tiny" / name)
+        shutil.copytree(whole / name, tmp_path / "tiny" / name)
     return tmp_path / "tiny"
 
 
@@ -120,9 +94,9 @@ def kernel(short, folder):
 
 
 @pytest.mark.parametrize("number, name", [*zip("123", STAGES, strict=True)])
-def test_every_cell_can_be_run_again(kernel, whole, folder, survived, number, name):
+def test_every_cell_can_be_run_again(kernel, whole, folder, number, name):
     """And what is saved afterwards is what was saved before."""
-    notebook, expected, preflight = kernel(number), figures(whole[0], name), []
+    notebook, expected, preflight = kernel(number), figures(whole, name), []
     ids = notebook.ids
     if number == "3":  # one whole, as the page says
         preflight = ids[ids.index("start") : ids.index("checkpoint") + 1]
@@ -135,7 +109,6 @@ def test_every_cell_can_be_run_again(kernel, whole, folder, survived, number, na
         before = ids[: ids.index("start")]
         notebook.run(*preflight, *before, "snapshot", "loop", *end)
         assert figures(folder) == expected and len(expected["history"]) == ROLLOUTS
-    survived(f"notebook {number}: {len(ids)} cells run again", "the same figures")
 
 
 STOP = """
@@ -154,7 +127,7 @@ run.optimizer.step = step
 @pytest.mark.parametrize(
     "how, after", [("raise KeyboardInterrupt", 9), ("os.kill(os.getpid(), 9)", 17)]
 )
-def test_a_run_that_is_stopped_goes_on(kernel, whole, folder, survived, how, after):
+def test_a_run_that_is_stopped_goes_on(kernel, whole, folder, how, after):
     """And ends as if nothing had happened, to the last bit."""
     notebook = kernel("3")
     start, loop = map(notebook.ids.index, ("start", "loop"))
@@ -170,20 +143,19 @@ def test_a_run_that_is_stopped_goes_on(kernel, whole, folder, survived, how, aft
     notebook.run(*notebook.ids[start:])
     said = f"goes on after {after - 1} of {ROLLOUTS} rollouts"
     assert said in notebook.said("checkpoint")
-    assert figures(folder) == figures(whole[0])
-    survived(f"{how} after {after} rollouts", f"{said}; the same figures and weights")
+    assert figures(folder) == figures(whole)
 
 
 LABELS = """rows = load_reviews(settings)["train"]
 assert {row["sentence"][:4]: row["label"] for row in rows} == {"fine": 1, "dull": 0}"""
 
 
-def test_every_recipe_does_what_it_says(kernel, whole, folder, world, survived):
+def test_every_recipe_does_what_it_says(kernel, whole, folder, world):
     """Each typed into a new cell where it says, and run on from there."""
     (text,) = (c.source for c in read(NOTEBOOKS["3"]).cells if c.id == "yours-text")
     found = re.findall(r"^\d\. \*\*(.+?)\*\*.*\n\n((?: {8}.*\n)+)", text, re.M)
     recipes = {title: textwrap.dedent(code) for title, code in found}
-    notebook, expected = kernel("3"), figures(whole[0])
+    notebook, expected = kernel("3"), figures(whole)
     ids = notebook.ids
     notebook.run(*ids)
     assert len(recipes) == 6 and figures(folder) == expected
@@ -215,22 +187,18 @@ def test_every_recipe_does_what_it_says(kernel, whole, folder, world, survived):
         notebook.say(f"{source}\n{notebook.cells['settings'].source}")
         said = notebook.say(shows)
     assert said.strip() == str(world / "model")
-    survived("the six recipes of notebook 3", "each does what it says")
 
 
 STOPPED = "FloatingPointError: the {} is (nan|inf).* this step was not taken"
-
-
 ENDS = [
     (1, {"sft_lr": 1e30}, STOPPED.format("loss")),
-    (2, {"rm_lr": 1e30}, STOPPED.format("loss")),
     (3, {"ppo_lr": 1e30}, STOPPED.format("policy loss")),
     (3, {"rm_epochs": 2}, r"ValueError: .*reward_model.*\{'rm_epochs': 1\}; run"),
 ]
 
 
 @pytest.mark.parametrize("number, change, says", ENDS, ids=str)
-def test_what_ends_a_run_is_said(short, folder, survived, number, change, says):
+def test_what_ends_a_run_is_said(short, folder, number, change, says):
     """Learning rates that explode, and a reward model made with other settings."""
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     runs = {"runs_dir": folder.parent}
@@ -241,27 +209,3 @@ def test_what_ends_a_run_is_said(short, folder, survived, number, change, says):
     ((line,),) = (out.traceback for out in outputs if out.output_type == "error")
     assert re.match(says, line) and "\n" not in line, line
     assert all(path.read_bytes() == content for path, content in before.items())
-    survived(f"{change} in notebook {number}", line)
-
-
-def test_another_model_runs_by_its_name_alone(world, short, tmp_path, survived):
-    """A Llama, and a tokenizer that begins every text with the token that ends one."""
-    tokenizer = load_tokenizer(world / "model")
-    eos, words = tokenizer.eos_token, tokenizer.backend_tokenizer
-    words.post_processor = TemplateProcessing(f"{eos} $A", special_tokens=[(eos, 0)])
-    ends = {"tokenizer_object": words, "bos_token": eos, "eos_token": eos}
-    PreTrainedTokenizerFast(**ends).save_pretrained(tmp_path / "model")
-    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, **ids, tie_word_embeddings=False))
-    llama.save_pretrained(tmp_path / "model")
-    mine = {"model_name": tmp_path / "model", "runs_dir": tmp_path}
-    done = run_series(changes=short | mine)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(abs(x) < 1e6 for x in figures(tmp_path / "tiny")["after"].values())
-    sft = figures(tmp_path / "tiny", "sft")
-    before, after = (sft[when]["validation_loss"] for when in ("before", "after"))
-    assert after < before - 0.5
-    survived("a Llama, random weights", f"three notebooks; SFT loss {after:.2f}")

@@ -54,15 +54,11 @@ CELLS = [
     (FIRST, "", "tiny", {}),
     (FIRST, "--preset full", "full", {}),
     (FIRST, "--set seed=3 --set rm_epochs=2", "tiny", {"seed": 3, "rm_epochs": 2}),
-    (FIRST, "--set eval_prompts=1e3", "tiny", {"eval_prompts": 1000}),
     (FIRST, "--set train_anyway=True", "tiny", {"train_anyway": True}),
-    (FIRST, "--set model_name=gpt2", "tiny", {"model_name": "gpt2"}),
     (FIRST, "--set positive_label=4,5", "tiny", {"positive_label": "4,5"}),
     # What the cell says stays where the command says nothing, however it says it
     ('PRESET = "full"\nCHANGES = {"seed": 7}', "", "full", {"seed": 7}),
     ('PRESET = ""\nCHANGES = {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
-    ('PRESET = ""\nCHANGES = {\n    "seed": 7,\n}', "", "tiny", {"seed": 7}),
-    ('PRESET, CHANGES = "full", {"seed": 7}', "--preset tiny", "tiny", {"seed": 7}),
     (FIRST + '\nCHANGES |= {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
 ]
 
@@ -126,7 +122,7 @@ sys.exit(command.main(["--only", "1,3"]))
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
-def test_a_kernel_that_is_lost(project, survived, name):
+def test_a_kernel_that_is_lost(project, name):
     """Killed, or ended by Ctrl-C or by the system; in a process that may suffer."""
     # Ctrl-C reaches the command, which ends the kernel; a kill the kernel itself
     whom = "getpid" if name == "SIGKILL" else "getppid"
@@ -138,4 +134,3 @@ def test_a_kernel_that_is_lost(project, survived, name):
     assert said.startswith("1-SFT.ipynb lost its kernel") and "PPO goes on" in said
     executed = nbformat.read(folder / "runs/tiny/1-SFT.ipynb", as_version=4)
     assert executed.cells[1].outputs[0].text == "before\n"
-    survived(f"python -m utils: the kernel ends by {name}", said)

@@ -12,16 +12,17 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
-from transformers import AutoModelForCausalLM
 
 from practice import tiny_world
 from practice.cells import import_cells
 from tests.conftest import ROOT, code_cells, ours, read, run_series
 from utils import __main__ as command
-from utils.data import clean, load_reviews, load_tokenizer, tokenize
+from utils.data import load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze
 from utils.runs import NOTEBOOKS, STAGES
 from utils.settings import load_settings
+
+pytestmark = pytest.mark.slow  # it is the README's first command
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +81,6 @@ def test_the_history_is_healthy(metrics, settings):
     assert sum(step["optimizer_steps"] < 16 for step in history) <= 2
 
 
-def test_the_policy_loads_with_plain_transformers_and_writes_praise(series):
-    lm = AutoModelForCausalLM.from_pretrained(series[0] / "policy").eval()
-    tokenizer = load_tokenizer(series[0] / "policy")
-    prompts = torch.tensor([tokenizer("the acting is")["input_ids"]] * 100)
-    torch.manual_seed(0)
-    how = {"do_sample": True, "top_k": 0, "max_new_tokens": 32, "pad_token_id": 0}
-    ids = lm.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    verdicts = [tiny_world.judge(clean(text)) for text in texts]
-    assert sum(v.grammatical and v.positive for v in verdicts) >= 75
-
-
 def test_the_table_of_the_command(series):
     _, table = series
     assert "expected (mean ± 4 sd)" in table
@@ -125,7 +114,6 @@ BRIEF = {"5": "ROLLOUTS = 0", "6": "PAIRS, ROLLOUTS = 200, 2", "7": "ROLLOUTS = 
 BRIEF |= {"8": "ROLLOUTS = 0", "9": "", "4": "PROMPTS = 32"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", BRIEF)
 def test_another_lesson_runs_on_these_models(series, number):
     """Briefly, with a cell below the first one as papermill puts it."""
