@@ -84,20 +84,8 @@ def advantages_and_returns(delta, values, lengths, decay):
 
 
 # In the order of the exhibition
-RUNS = (
-    prepare,
-    penalised_rewards,
-    make_reference,
-    surrogate,
-    place_scores,
-    advantages_and_returns,
-)
-
-
-def _residuals(rewards, values, mask, gamma):
-    values = values * mask
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    return (rewards + gamma * following - values) * mask
+RUNS = (prepare, penalised_rewards, make_reference, surrogate, place_scores)
+RUNS += (advantages_and_returns,)
 
 
 def _put_in(loop, name, piece):
@@ -110,8 +98,10 @@ def _put_in(loop, name, piece):
         return -beta * log_ratio + piece(scores, lengths, mask.shape[1]) * mask
 
     def gae(rewards, values, mask, gamma, lam):
-        delta, lengths = _residuals(rewards, values, mask, gamma), mask.sum(dim=1)
-        return piece(delta, values, lengths, gamma * lam)
+        values = values * mask
+        following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+        delta = (rewards + gamma * following - values) * mask
+        return piece(delta, values, mask.sum(dim=1), gamma * lam)
 
     def loss(logprobs, old_logprobs, advantages, mask, eps):
         batch = (logprobs, old_logprobs, advantages)
@@ -138,16 +128,12 @@ def train(name="", piece=None, title="") -> list[dict]:
     """The figures of each rollout of a run, with a piece in the place of a right one.
 
     `name` is that of one of RUNS; without it the run is a healthy one. `title` stands
-    at the progress bar. Raises ValueError for another name.
+    at the progress bar.
     """
-    names = [run.__name__ for run in RUNS]
-    if name and name not in names:
-        raise ValueError(f"there is no piece {name!r}; take one of {names}")
-    s = SETTINGS
-    loop = import_cells("3-RLHF.ipynb", *LOOP)
+    s, loop = SETTINGS, import_cells("3-RLHF.ipynb", *LOOP)
     _put_in(loop, name, piece)
-    titled = title or name or "healthy"
-    loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, desc=titled)
+    bar = {"desc": title or name or "healthy"}
+    loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, **bar)
     world = exact_world.ExactWorld(seed=7)
     lm, reference = copy.deepcopy(world.reference).requires_grad_(True), world.reference
     run = loop["fresh_run"](lm, s)

@@ -7,6 +7,7 @@ sums over all groups, and no simulation is needed.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,9 +52,8 @@ def token_gradients(world: ExactWorld, lm) -> Tensor:
     size = sum(w.numel() for w in weights)
     found = torch.zeros(*world.mask.shape, size, dtype=torch.float64)
     for i, t in world.mask.nonzero().tolist():
-        found[i, t] = _flat(
-            torch.autograd.grad(logprobs[i, t], weights, retain_graph=True)
-        )
+        slopes = torch.autograd.grad(logprobs[i, t], weights, retain_graph=True)
+        found[i, t] = _flat(slopes)
     return found
 
 
@@ -63,16 +63,12 @@ def all_groups(n: int, k: int) -> tuple[Tensor, Tensor]:
     How many orders each of them comes in: k! / (product of the counts' factorials).
     """
     groups = list(itertools.combinations_with_replacement(range(n), k))
-    orders = []
-    for group in groups:
-        counts = [len(list(same)) for _, same in itertools.groupby(group)]
-        orders.append(math.factorial(k) / math.prod(map(math.factorial, counts)))
+    counts = [map(math.factorial, Counter(group).values()) for group in groups]
+    orders = [math.factorial(k) / math.prod(factorials) for factorials in counts]
     return torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
 
 
-def moments(
-    world: ExactWorld, lm, weights: Callable[[Tensor], Tensor], k: int
-) -> Moments:
+def moments(world: ExactWorld, lm, weights: Callable, k: int) -> Moments:
     """Mean and variance of an estimator that samples groups of k from the model.
 
     `weights` takes groups as numbers of responses (groups, k), and returns what the

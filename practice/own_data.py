@@ -38,13 +38,6 @@ def read_splits(name: str, config: str = "") -> dict[str, datasets.Dataset]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         found = datasets.load_from_disk(name)
         return found if isinstance(found, dict) else {"train": found}
-    if path.is_dir() and (place := str(path.resolve())) != glob.escape(place):
-        # The library takes brackets in a folder's path for a pattern
-        files = {}
-        for file in sorted(map(str, path.resolve().rglob("*.parquet"))):
-            split = Path(file).name.split("-")[0]
-            files.setdefault(split, []).append(glob.escape(file))
-        return datasets.load_dataset("parquet", data_files=files)
     return datasets.load_dataset(name, config or None)
 
 

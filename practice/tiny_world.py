@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -132,13 +133,6 @@ class Grammar:
 
         return ends(symbol, 0).get(len(words), 0.0)
 
-    def entropy(self, symbol: str) -> float:
-        """Entropy of the symbol's expansions in nats (no text has two derivations)."""
-        return sum(
-            p * (-math.log(p) + sum(self.entropy(part) for part in expansion))
-            for p, expansion in self.rules.get(symbol, ())
-        )
-
     def first_words(self, symbol: str) -> Counter:
         """The probability of each word to be the first of the symbol's expansion."""
         if symbol not in self.rules:
@@ -149,16 +143,8 @@ class Grammar:
                 found[word] += p * q
         return found
 
-    @property
-    def words(self) -> set[str]:
-        """Every word the grammar can write."""
-        parts = {w for rule in self.rules.values() for _, e in rule for w in e}
-        return parts - set(self.rules)
-
 
 REVIEWS, CHATTER = Grammar(REVIEW_GRAMMAR), Grammar(CHATTER_GRAMMAR)
-# Nats per review: the loss of a perfect language model of the reviews.
-ENTROPY = math.log(2) + (REVIEWS.entropy("Review+") + REVIEWS.entropy("Review-")) / 2
 
 
 @dataclass(frozen=True)
@@ -189,7 +175,8 @@ WORLD = Path("runs/tiny/world")
 ROWS = {"train": 24_000, "validation": 800, "test": 400}
 VOCABULARY = 1200  # tokens
 MODEL = {"n_layer": 3, "n_head": 4, "n_embd": 96, "n_positions": 128}
-PRETRAINING = {"steps": 800, "batch_size": 32, "length": 64, "lr": 2e-3, "seed": 1}
+PRETRAINING = {"steps": 800, "batch": (32, 64), "lr": 2e-3}
+SEED = 1
 
 
 def write_review(rng: random.Random) -> tuple[str, int]:
@@ -217,24 +204,17 @@ def make_dataset(seed: int = 0) -> datasets.DatasetDict:
         if len(rows[split]) < ROWS[split]:
             hidden = split == "test"
             rows[split].append((text + " " * (not hidden), -1 if hidden else label))
-    features = datasets.Features(
-        idx=datasets.Value("int32"),
-        sentence=datasets.Value("string"),
-        label=datasets.ClassLabel(names=["negative", "positive"]),
-    )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {
-                    "idx": list(range(len(pairs))),
-                    "sentence": [text for text, _ in pairs],
-                    "label": [label for _, label in pairs],
-                },
-                features=features,
-            )
-            for split, pairs in rows.items()
-        }
-    )
+    columns = {
+        "idx": datasets.Value("int32"),
+        "sentence": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["negative", "positive"]),
+    }
+    features, found = datasets.Features(columns), datasets.DatasetDict()
+    for split, pairs in rows.items():
+        texts, labels = map(list, zip(*pairs, strict=True))
+        columns = {"idx": list(range(len(pairs))), "sentence": texts, "label": labels}
+        found[split] = datasets.Dataset.from_dict(columns, features=features)
+    return found
 
 
 def write_document(rng: random.Random) -> str:
@@ -254,51 +234,36 @@ def train_tokenizer(documents: list[str]) -> GPT2TokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[eos],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[eos],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    return GPT2TokenizerFast(
-        tokenizer_object=bpe, bos_token=eos, eos_token=eos, unk_token=eos
-    )
+    bpe.train_from_iterator(documents, trainer)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), eos)
+    return GPT2TokenizerFast(tokenizer_object=bpe, **names)
 
 
-def pretrain(
-    tokenizer, show_progress: bool = True, seed: int = PRETRAINING["seed"]
-) -> GPT2LMHeadModel:
+def pretrain(tokenizer, show_progress=True, seed: int = SEED) -> GPT2LMHeadModel:
     """A small GPT-2 trained to predict the next token of random documents."""
-    options = PRETRAINING
-    rng = random.Random(seed)
+    rng, eos, stream = random.Random(seed), tokenizer.eos_token_id, []
     torch.manual_seed(seed)
-    eos = tokenizer.eos_token_id
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **MODEL
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options["lr"], options["steps"], pct_start=0.1
-    )
-    stream = []
-    shape = (options["batch_size"], options["length"])
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": eos, "eos_token_id": eos}
+    model = GPT2LMHeadModel(GPT2Config(**ids, **MODEL))
+    steps, lr, shape = (PRETRAINING[name] for name in ("steps", "lr", "batch"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     bar = {"desc": "Pre-train the tiny GPT-2", "disable": not show_progress}
-    for _ in tqdm(range(options["steps"]), **bar, file=sys.stdout):
-        while len(stream) < shape[0] * shape[1]:
+    for _ in tqdm(range(steps), **bar, file=sys.stdout):
+        while len(stream) < math.prod(shape):
             documents = [write_document(rng) for _ in range(200)]
             for ids in tokenizer(documents)["input_ids"]:
                 stream += [*ids, eos]
-        ids = torch.tensor(stream[: shape[0] * shape[1]]).view(shape)
-        del stream[: shape[0] * shape[1]]
+        ids = torch.tensor(stream[: math.prod(shape)]).view(shape)
+        del stream[: math.prod(shape)]
         logits = model(ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten()
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -325,33 +290,28 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     # The empty file stays: to remove it would let a third process past a second
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print("another process builds the tiny world: waiting for it, a minute or two")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         if not _is_built(folder):
             _build(folder, show_progress)
-    finally:
-        lock.release()
     return folder
 
 
 def _is_built(folder):
-    try:
-        return (folder / "definition.txt").read_text() == definition()
-    except FileNotFoundError:
-        return False
+    file = folder / "definition.txt"
+    return file.exists() and file.read_text() == definition()
 
 
 def _build(folder, show_progress):
     # Renamed when all of it is there
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "dataset" / "data").mkdir(parents=True)
     for split, rows in make_dataset().items():
-        file = unfinished / "dataset" / "data" / f"{split}-00000-of-00001.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(file)
+        rows.to_parquet(unfinished / f"dataset/data/{split}-00000-of-00001.parquet")
     rng = random.Random(0)
     tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
     tokenizer.save_pretrained(unfinished / "model")
@@ -374,17 +334,13 @@ def prepare(settings):
             build_world(folder)
 
 
-def _knows_the_truth(settings) -> bool:
-    return world_of(settings.dataset_name) is not None
-
-
 def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     """What a model that knew the grammar would lose on these reviews; {} on real data.
 
     Nats per token, the first token of each review given, the closing EOS included.
     Nothing either if the tokenizer is not the tiny world's, or if a review was cut.
     """
-    if not _knows_the_truth(settings) or not world_of(settings.model_name):
+    if not world_of(settings.dataset_name) or not world_of(settings.model_name):
         return {}
     firsts = REVIEWS.first_words("Review+") + REVIEWS.first_words("Review-")
     texts = [tokenizer.decode(row[:-1]) for row in rows]
@@ -396,13 +352,13 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
 
 def exact_judges(settings) -> dict:
     """Judges that know the truth, by the name of their figure; none for real data."""
-    if not _knows_the_truth(settings):
+    if not world_of(settings.dataset_name):
         return {}
+    truths = {
+        "exactly_positive": lambda x: x.grammatical and x.positive,
+        "exactly_grammatical": lambda x: x.grammatical,
+    }
     return {
-        "exactly_positive": lambda texts: [
-            judge(text).grammatical and judge(text).positive for text in texts
-        ],
-        "exactly_grammatical": lambda texts: [
-            judge(text).grammatical for text in texts
-        ],
+        name: lambda texts, truth=truth: [truth(judge(text)) for text in texts]
+        for name, truth in truths.items()
     }

@@ -50,6 +50,14 @@ def code_cells(notebook) -> dict:
     return {cell.id: cell for cell in read(notebook).cells if cell.cell_type == "code"}
 
 
+def refused(says, function, *arguments, **options):
+    """What is said: one sentence that fits this expression, whatever it ends with."""
+    with pytest.raises((ValueError, OSError), match=says) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.fixture(scope="session")
 def report(request):
     """`report(title, line)` prints a line under this title when all tests are done."""

@@ -1,7 +1,5 @@
 """Checks of the whitening and of the advantages."""
 
-from functools import partial
-
 import torch
 
 from practice.checks.comparison import check
@@ -12,38 +10,30 @@ def _left(x):
     return torch.nn.functional.pad(x[:, 1:], (0, 1))
 
 
-def _whiten(x, mask, centre=True, power=0.5, lost=0):
+def _whiten(x, mask, of=1, to=0, power=0.5, lost=0, seen=torch.clone, kept=torch.clone):
     """x less its mean, by its variance (over n - lost) ** power; 0 outside the mask."""
-    real = x[mask.bool()]
+    real = x[seen(mask).bool()]
     mean = real.sum() / len(real)
     variance = ((real - mean) ** 2).sum() / (len(real) - lost)
-    return (x - centre * mean) / variance**power * mask
+    return ((x - of * mean) / variance**power + to * mean) * kept(mask)
 
 
-def _mean_added_back(x, mask):
-    return _whiten(x, mask) + x[mask.bool()].mean() * mask
-
-
+ALL = torch.ones_like
 WHITENING = {
-    "the mean is added back": _mean_added_back,
-    "padding is counted in the mean and variance": (
-        lambda x, mask: _whiten(x, torch.ones_like(mask)) * mask
-    ),
-    "padding is counted, and whitened too": (
-        lambda x, mask: _whiten(x, torch.ones_like(mask))
-    ),
+    "the mean is added back": {"to": 1},
+    "padding is counted in the mean and variance": {"seen": ALL},
+    "padding is counted, and whitened too": {"seen": ALL, "kept": ALL},
     "the variance is divided by n - 1, not n": {"lost": 1},
-    "the mean is not taken away": {"centre": False},
+    "the mean is not taken away": {"of": 0},
     "the variance is not made 1": {"power": 0},
     "the divisor is the variance, not its root": {"power": 1},
 }
 
 
-@check(_whiten, WHITENING)
+@check(_whiten, WHITENING, "result")
 def check_whiten(case):
     """`masked_whiten(x, mask)`: mean 0 and population variance 1 over the mask."""
-    x = 3 + 2 * case.normal()
-    return lambda function: {"result": function(x.clone(), case.mask.clone())}
+    return 3 + 2 * case.normal(), case.mask
 
 
 def _gae(rewards, values, mask, gamma, lam, behind=False):
@@ -60,22 +50,22 @@ def _gae(rewards, values, mask, gamma, lam, behind=False):
     return advantages, advantages + values * mask
 
 
-def _whitened(rewards, values, mask, *rest, first=True, both=True):
-    """Advantages that are whitened, before the returns are formed or after."""
+def _whitened(rewards, values, mask, *rest):
+    """The advantages before and after they are whitened, and the returns of each."""
     raw, returns = _gae(rewards, values, mask, *rest)
     white = _whiten(raw, mask)
-    return white if both else raw, white + values * mask if first else returns
+    return raw, white, returns, white + values * mask
 
 
-def _late(rewards, values, mask, *rest, only_in_the_advantages=False):
+def _late(rewards, values, mask, *rest):
     late = _left(values * mask)
     advantages, returns = _gae(rewards, late, mask, *rest)
-    return advantages, advantages + values * mask if only_in_the_advantages else returns
+    return advantages, returns, advantages + values * mask
 
 
 def _into_the_padding(rewards, values, mask, *rest):
-    advantages, returns = _gae(rewards, values, torch.ones_like(mask), *rest)
-    return advantages * mask, returns * mask
+    found = _gae(rewards, values, torch.ones_like(mask), *rest)
+    return tuple(x * mask for x in found)
 
 
 def _from_the_front(rewards, values, mask, *rest):
@@ -85,13 +75,13 @@ def _from_the_front(rewards, values, mask, *rest):
 
 ADVANTAGES = {
     "the advantages are whitened first, before the returns are formed": [
-        _whitened,
-        partial(_whitened, both=False),
+        lambda *given: _whitened(*given)[1::2],
+        lambda *given: _whitened(*given)[0::3],
     ],
-    "the advantages come out whitened": partial(_whitened, first=False),
+    "the advantages come out whitened": lambda *given: _whitened(*given)[1:3],
     "the values are read one slot late": [
-        _late,
-        partial(_late, only_in_the_advantages=True),
+        lambda *given: _late(*given)[:2],
+        lambda *given: _late(*given)[0::2],
     ],
     "the sum runs on into the padding": _into_the_padding,
     "the slot behind EOS has a value; nothing more is to come, so it is 0": {
@@ -103,19 +93,12 @@ ADVANTAGES = {
         lambda r, v, m, gamma, lam: _gae(r, v, m, gamma, 0.0)
     ),
     "the sum runs from first token to last": _from_the_front,
-    "the returns lack the values: G = A + V": lambda *x: (_gae(*x)[0],) * 2,
+    "the returns lack the values: G = A + V": lambda *given: (_gae(*given)[0],) * 2,
 }
 
 
-@check(_gae, ADVANTAGES)
+@check(_gae, ADVANTAGES, "advantages", "returns")
 def check_gae(case):
     """`compute_gae(rewards, values, mask, gamma, lam)` -> advantages, returns."""
-    rewards, values = case.normal(), case.normal()
-    numbers = case.uniform(0.7, 0.95), case.uniform(0.3, 0.9)
-
-    def measure(function):
-        tensors = (rewards.clone(), values.clone(), case.mask.clone())
-        advantages, returns = function(*tensors, *numbers)
-        return {"advantages": advantages, "returns": returns}
-
-    return measure
+    gamma, lam = case.uniform(0.7, 0.95), case.uniform(0.3, 0.9)
+    return case.normal(), case.normal(), case.mask, gamma, lam

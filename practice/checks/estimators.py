@@ -4,14 +4,14 @@ import statistics
 
 import torch
 
-from practice.checks.comparison import check
+from practice.checks.comparison import check, loss_and_gradient
 
 
 def _groups(case, prompts=3, k=4):
     """Scores of k responses to each prompt, each prompt with a level of its own."""
     levels = 3 * case.normal(prompts, 1)
     groups = levels + case.normal(prompts, k) * torch.tensor([[0.5], [1.0], [2.0]])
-    return lambda function: {"advantages": function(groups.flatten(), k)}
+    return groups.flatten(), k
 
 
 def _of_each(advantage):
@@ -19,12 +19,8 @@ def _of_each(advantage):
 
     def advantages(scores, k):
         groups = [group.tolist() for group in scores.split(k)]
-        found = [
-            advantage(own, group[:i] + group[i + 1 :])
-            for group in groups
-            for i, own in enumerate(group)
-        ]
-        return torch.tensor(found, dtype=scores.dtype)
+        each = ((g[i], g[:i] + g[i + 1 :]) for g in groups for i in range(len(g)))
+        return torch.tensor([advantage(*x) for x in each], dtype=scores.dtype)
 
     return advantages
 
@@ -56,17 +52,18 @@ def _less_all(own, others):
 
 
 def _over(spread, difference=_less_all):
-    """The difference divided by the spread of the group."""
-    return lambda own, others: difference(own, others) / (spread([own, *others]) + 1e-4)
+    """Advantages divided by the spread of the group."""
+    return _of_each(
+        lambda own, others: difference(own, others) / (spread([own, *others]) + 1e-4)
+    )
 
 
-_rloo, _grpo = _of_each(_less_the_others), _of_each(_over(statistics.stdev))
+_rloo, _grpo = _of_each(_less_the_others), _over(statistics.stdev)
+_mixed = _over(statistics.stdev, _less_the_others)
 RLOO = {
     "the baseline is the mean of all k, its own score among them": _of_each(_less_all),
     "there is no baseline": lambda scores, k: scores,
-    "it is divided by the spread of the group, as in GRPO": (
-        _of_each(_over(statistics.stdev, _less_the_others))
-    ),
+    "it is divided by the spread of the group, as in GRPO": _mixed,
     "the sum of the others is divided by k, not by k - 1": (
         _of_each(lambda own, others: own - sum(others) / (len(others) + 1))
     ),
@@ -77,22 +74,20 @@ GRPO = {
     "the spread is that of the whole batch, not of the group": (
         lambda scores, k: _of_each(_less_all)(scores, k) / (scores.std() + 1e-4)
     ),
-    "the variance is divided by k, not by k - 1": _of_each(_over(statistics.pstdev)),
-    "the divisor is the variance, not its root": _of_each(_over(statistics.variance)),
-    "the baseline is the mean of the others, as in RLOO": (
-        _of_each(_over(statistics.stdev, _less_the_others))
-    ),
+    "the variance is divided by k, not by k - 1": _over(statistics.pstdev),
+    "the divisor is the variance, not its root": _over(statistics.variance),
+    "the baseline is the mean of the others, as in RLOO": _mixed,
     **_mistakes_of_groups(_grpo),
 }
 
 
-@check(_rloo, RLOO)
+@check(_rloo, RLOO, "advantages")
 def check_rloo_advantages(case):
     """`rloo_advantages(scores, group_size)` -> (B,)."""
     return _groups(case)
 
 
-@check(_grpo, GRPO)
+@check(_grpo, GRPO, "advantages")
 def check_grpo_advantages(case):
     """`grpo_advantages(scores, group_size)` -> (B,), divided by the group's spread."""
     return _groups(case)
@@ -103,49 +98,30 @@ def _k3(ratio):
 
 
 def _loss(
-    new,
-    old,
-    ref,
-    advantages,
-    mask,
-    clip,
-    beta,
-    mean,
-    price=lambda beta: beta,
-    kl=_k3,
-    pick=torch.maximum,
-    divisor=None,
-):
+    new, old, ref, A, mask, clip, beta, mean, price=1, kl=_k3, pick=torch.maximum,
+    by=None, slots=False,
+):  # fmt: skip
     """GRPO's loss, response by response; the rest says what a mistake changes."""
     total, lengths = 0.0, mask.sum(dim=1)
     for b, n in enumerate(lengths.tolist()):
         ratio = torch.exp(new[b, :n] - old[b, :n])
-        clipped = ratio.clamp(1 - clip, 1 + clip)
-        each = pick(-advantages[b] * ratio, -advantages[b] * clipped)
-        each = each + price(beta) * kl(new[b, :n] - ref[b, :n])
-        over = n * len(mask) if mean == "response" else lengths.sum()
-        total = total + each.sum() / (divisor or over)
+        each = pick(-A[b] * ratio, -A[b] * ratio.clamp(1 - clip, 1 + clip))
+        each = each + price * beta * kl(new[b, :n] - ref[b, :n])
+        over = n * len(mask) if (by or mean) == "response" else lengths.sum()
+        total = total + each.sum() / (mask.numel() if slots else over)
     return total
 
 
 LOSS = {
-    "the KL has the wrong sign: it is paid for, not charged": {
-        "price": lambda beta: -beta
-    },
-    "the KL is counted twice": {"price": lambda beta: 2 * beta},
-    "the KL is left out": {"price": lambda beta: 0},
+    "the KL has the wrong sign: it is paid for, not charged": {"price": -1},
+    "the KL is counted twice": {"price": 2},
+    "the KL is left out": {"price": 0},
     "k3 takes the log-ratio reversed": {"kl": lambda ratio: _k3(-ratio)},
-    "k1 stands for k3: its gradient is 0 on average": {"kl": lambda ratio: ratio},
+    "k1 stands for k3: its gradient is 0 on average": {"kl": torch.clone},
     "min stands for max": {"pick": torch.minimum},
-    "each token weighs the same, also with mean by response": (
-        lambda *x, mean: _loss(*x, mean="token")
-    ),
-    "each response weighs the same, also with mean by token": (
-        lambda *x, mean: _loss(*x, mean="response")
-    ),
-    "the sum is divided by all slots, padding too": (
-        lambda *x, mean: _loss(*x, mean=mean, divisor=x[4].numel())
-    ),
+    "each token weighs the same, also with mean by response": {"by": "token"},
+    "each response weighs the same, also with mean by token": {"by": "response"},
+    "the sum is divided by all slots, padding too": {"slots": True},
 }
 
 
@@ -160,18 +136,13 @@ def check_grpo_loss(case):
     new, advantages = old + 0.3 * case.normal(), case.normal(len(case.mask))
     # In the longest response: far up and far down
     new[1, :2] = old[1, :2] + case.uniform(0.5, 0.7) * torch.tensor([1.0, -1.0])
-    rest = (old, ref, advantages, case.mask, *numbers)
+    given = (new, old, ref, advantages, case.mask, *numbers)
 
     def measure(function):
         got = {}
         for mean in ("response", "token"):
-            leaf = new.clone().requires_grad_()
-            found = function(leaf, *rest, mean=mean)
-            value = found[0] if isinstance(found, tuple) else found
-            gradient = torch.zeros_like(leaf)
-            if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value, leaf)
-            got |= {f"loss by {mean}": value, f"gradient by {mean}": gradient}
+            found = loss_and_gradient(given, 1, function, mean=mean)
+            got |= {f"{k} by {mean}": found[k] for k in ("loss", "gradient")}
         return got
 
     return measure

@@ -1,40 +1,33 @@
 """Checks of adapters: one layer, merging, and who is read under which."""
 
-import math
-
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (in, out)
 
 from practice.checks.comparison import check
 
 SIZE, RANK = 5, 3  # as many inputs as outputs: what is turned around still fits
 
 
-class Conv1D(nn.Module):
-    """A layer like GPT-2's: its weight is (in, out)."""
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        return x @ self.weight + self.bias
-
-
-def _layers(case):
-    """The same W (out, in) and bias as `nn.Linear` and as `Conv1D`; and an adapter."""
+def _of_layers(case):
+    """What a function says of the same W (out, in) and bias in both kinds of layer."""
     W, bias = case.normal(SIZE, SIZE), case.normal(SIZE)
-    linear = nn.Linear(SIZE, SIZE, dtype=torch.float64)
-    linear.weight.data, linear.bias.data = W.clone(), bias.clone()
-    layers = {"nn.Linear": linear, "Conv1D": Conv1D(W.t().contiguous(), bias.clone())}
-    adapter = case.normal(RANK, SIZE), case.normal(SIZE, RANK), case.uniform(5, 9)
-    return layers, adapter
+    layers = {"nn.Linear": nn.Linear(SIZE, SIZE), "Conv1D": Conv1D(SIZE, SIZE)}
+    for layer, weight in zip(layers.values(), (W, W.t()), strict=True):
+        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+    A, B, alpha = case.normal(RANK, SIZE), case.normal(SIZE, RANK), case.uniform(5, 9)
+
+    @torch.no_grad()
+    def measure(function):
+        given = A.clone(), B.clone(), alpha
+        return {f"result for {k}": function(x, *given) for k, x in layers.items()}
+
+    return measure
 
 
-def _scaled(A, B, alpha, factor=lambda alpha: alpha / RANK, turned=False):
-    """The update (out, in) of an adapter; or A B in the place of B A."""
-    return factor(alpha) * ((A.t() @ B.t()) if turned else B @ A)
+def _scaled(A, B, alpha, power=1, factor=1, turned=False):
+    """The update (out, in) of an adapter, with r to a power; or A B for B A."""
+    return factor * alpha / RANK**power * ((A.t() @ B.t()) if turned else B @ A)
 
 
 def _adapted(layer, A, B, alpha, base=1, as_linear=False, **changes):
@@ -46,37 +39,38 @@ def _adapted(layer, A, B, alpha, base=1, as_linear=False, **changes):
     return lambda x: base * (x @ W.t() + layer.bias) + x @ update.t()
 
 
-def _merged(layer, A, B, alpha, base=1, turn=(), **changes):
-    """The weight as the layer stores it; `turn`: the kinds stored the other way."""
+def _merged(layer, A, B, alpha, base=1, other="", **changes):
+    """The weight as the layer stores it; `other`: the kind stored the other way."""
     update = _scaled(A, B, alpha, **changes)
-    turned = isinstance(layer, Conv1D) != (type(layer).__name__ in turn)
+    turned = isinstance(layer, Conv1D) != (type(layer).__name__ == other)
     return base * layer.weight + (update.t() if turned else update)
 
 
-SCALES = {
-    "alpha / r is left out": {"factor": lambda alpha: 1},
-    "it is multiplied by alpha, and not divided by r": {"factor": lambda alpha: alpha},
-    "alpha is divided by the root of r, as in rsLoRA": {
-        "factor": lambda alpha: alpha / math.sqrt(RANK)
-    },
-    "the update is subtracted": {"factor": lambda alpha: -alpha / RANK},
-}
+def _scales(right):
+    return {
+        "alpha / r is left out": lambda *given: right(*given[:-1], RANK),
+        "it is multiplied by alpha, and not divided by r": {"power": 0},
+        "alpha is divided by the root of r, as in rsLoRA": {"power": 0.5},
+        "the update is subtracted": {"factor": -1},
+    }
+
+
 LAYER = {
-    **SCALES,
+    **_scales(_adapted),
     "W x is left out": {"base": 0},
     "the update is turned around": {"turned": True},
-    "the adapter is off": {"factor": lambda alpha: 0},
+    "the adapter is off": {"factor": 0},
     "the weight of Conv1D is taken for that of nn.Linear": {"as_linear": True},
 }
 WEIGHT = {
-    **SCALES,
-    "it is merged twice": {"factor": lambda alpha: 2 * alpha / RANK},
+    **_scales(_merged),
+    "it is merged twice": {"factor": 2},
     "W is left out: this is the update alone": {"base": 0},
     "the update is not transposed for Conv1D, whose weight is (in, out)": {
-        "turn": ["Conv1D"]
+        "other": "Conv1D"
     },
     "the update is transposed for nn.Linear, whose weight is (out, in)": {
-        "turn": ["Linear"]
+        "other": "Linear"
     },
 }
 
@@ -84,45 +78,20 @@ WEIGHT = {
 @check(_adapted, LAYER)
 def check_adapted_layer(case):
     """`adapted_layer(layer, A, B, alpha)` -> a layer of W x + (alpha / r) B A x."""
-    (layers, (A, B, alpha)), x = _layers(case), case.normal(4, SIZE)
-
-    @torch.no_grad()
-    def measure(function):
-        return {
-            f"output of {name}": function(layer, A.clone(), B.clone(), alpha)(x)
-            for name, layer in layers.items()
-        }
-
-    return measure
+    measure, x = _of_layers(case), case.normal(4, SIZE)
+    return lambda function: measure(lambda *given: function(*given)(x))
 
 
 @check(_merged, WEIGHT)
 def check_merged_weight(case):
     """`merged_weight(layer, A, B, alpha)` -> the weight, as the layer stores it."""
-    layers, (A, B, alpha) = _layers(case)
-
-    @torch.no_grad()
-    def measure(function):
-        return {
-            f"weight of {name}": function(layer, A.clone(), B.clone(), alpha)
-            for name, layer in layers.items()
-        }
-
-    return measure
+    return _of_layers(case)
 
 
 def _read(
-    states,
-    labels,
-    vocabulary,
-    value_head,
-    reward_head,
-    logprobs="policy",
-    values="policy",
-    ref_logprobs=None,
-    scores="reward",
-    place=-1,
-):
+    states, labels, vocabulary, value_head, reward_head, logprobs="policy",
+    values="policy", ref_logprobs=None, scores="reward", place=-1,
+):  # fmt: skip
     """What is read under which adapter; None: all are off."""
 
     def of_labels(name):

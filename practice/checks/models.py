@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from practice.checks.comparison import check
 
@@ -13,36 +14,28 @@ def _picked(logits, labels):
     return logits.gather(-1, labels[..., None])[..., 0]
 
 
-def _logprobs(logits, labels, tau=1.0):
+def _logprobs(logits, labels, tau=1.0, hot=1, roll=0, power=0, of=torch.clone):
     """z_label - max z - log sum exp(z - max z), in float64."""
-    z = logits.double() / tau
+    z, labels = logits.double() / tau**hot, labels.roll(roll, 1)
     z = z - z.amax(dim=-1, keepdim=True)
-    return _picked(z, labels) - z.exp().sum(dim=-1).log()
+    return of(_picked(z, labels) - z.exp().sum(dim=-1).log()) / tau**power
 
 
 LOGPROBS = {
-    "the label is the next slot's": (
-        lambda z, labels, tau=1.0: _logprobs(z, labels.roll(-1, 1), tau)
-    ),
-    "the label is the previous slot's": (
-        lambda z, labels, tau=1.0: _logprobs(z, labels.roll(1, 1), tau)
-    ),
-    "the logarithm is left out": lambda *x: _logprobs(*x).exp(),
+    "the label is the next slot's": {"roll": -1},
+    "the label is the previous slot's": {"roll": 1},
+    "the logarithm is left out": {"of": torch.exp},
     "the logits are not normalised (log-softmax)": (
         lambda z, labels, tau=1.0: _picked(z / tau, labels)
     ),
-    "the sign is turned": lambda *x: -_logprobs(*x),
-    "the temperature is left out": lambda z, labels, tau=1.0: _logprobs(z, labels),
-    "the logits are multiplied by tau": (
-        lambda z, labels, tau=1.0: _logprobs(z * tau, labels)
-    ),
-    "the log-probabilities, not the logits, are divided": (
-        lambda z, labels, tau=1.0: _logprobs(z, labels) / tau
-    ),
+    "the sign is turned": {"of": torch.neg},
+    "the temperature is left out": {"hot": 0},
+    "the logits are multiplied by tau": {"hot": -1},
+    "the log-probabilities, not the logits, are divided": {"hot": 0, "power": 1},
 }
 
 
-@check(_logprobs, LOGPROBS, {"result at logits near -100": 1e-4})
+@check(_logprobs, LOGPROBS, tolerances={"result at logits near -100": 1e-4})
 def check_token_logprobs(case):
     """`token_logprobs(logits, labels, temperature)`: (B, T, V), (B, T) -> (B, T)."""
     logits, labels = 2 * case.normal(3, 5, 7), case.integers(0, 7, (3, 5))
@@ -58,14 +51,9 @@ def check_token_logprobs(case):
 EOS = 9
 
 
-def _labels(ids, mask):
-    return ids.where(mask == 1, -100)
-
-
-def _shifted(ids, mask):
-    labels = _labels(ids, mask).roll(-1, dims=1)
-    labels[:, -1] = -100
-    return labels
+def _labels(ids, mask, roll=0):
+    labels = ids.where(mask == 1, -100)
+    return torch.cat([labels[:, roll:], labels[:, :roll] * 0 - 100], dim=1)
 
 
 LABELS = {
@@ -73,61 +61,21 @@ LABELS = {
         lambda ids, mask: ids.where(ids != EOS, -100)
     ),
     "padding keeps its labels; set them to -100": lambda ids, mask: ids,
-    "the labels are shifted; the model shifts them itself": _shifted,
+    "the labels are shifted; the model shifts them itself": {"roll": 1},
 }
 
 
-@check(_labels, LABELS)
+@check(_labels, LABELS, "labels")
 def check_lm_labels(case):
     """`lm_labels(input_ids, attention_mask)` where the padding is EOS, as in GPT-2."""
     ids = case.integers(0, EOS, case.mask.shape)
     before_the_last = torch.arange(ids.shape[1]) < case.lengths[:, None] - 1
-    ids = ids.where(before_the_last, EOS)
-    return lambda function: {"labels": function(ids.clone(), case.mask.clone())}
+    return ids.where(before_the_last, EOS), case.mask
 
 
-class _Model(nn.Module):
-    """A causal language model of tables, called like those of transformers.
-
-    The hidden state at a place depends on its position and on all tokens up to it, so
-    that a place too far to either side shows.
-    """
-
-    def __init__(self, case, n_words, size, n_places):
-        super().__init__()
-        self.words, self.places = (
-            case.normal(n_words, size),
-            case.normal(n_places, size),
-        )
-        self.head = SimpleNamespace(weight=case.normal(n_words, size), bias=None)
-
-    @property
-    def base_model(self):
-        return self
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, **_ignored):
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-        seen = (self.words[input_ids] * attention_mask[..., None]).cumsum(dim=1)
-        hidden = torch.tanh(seen / 2 + self.places[position_ids])
-        logits = hidden @ self.head.weight.t()
-        return SimpleNamespace(last_hidden_state=hidden, logits=logits)
-
-
+@torch.no_grad()
 def _each_alone(
-    policy,
-    ids,
-    attention_mask,
-    mask,
-    tau,
-    late=(0, 0),
-    padding_counts=False,
-    without_eos=False,
+    policy, ids, attention_mask, mask, tau, late=(0, 0), padding=0, eos=1, hot=1
 ):
     """Log-probabilities and values of each text alone, without its padding.
 
@@ -135,16 +83,16 @@ def _each_alone(
     """
     logprobs, values = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
     for b, n in enumerate(mask.sum(dim=1).tolist()):
-        text = ids[b][attention_mask[b].bool()]
-        start = len(text) - n
+        text = ids[b][attention_mask[b].bool()][None]
+        start = text.shape[1] - n
         in_front = attention_mask.shape[1] - mask.shape[1] - start
-        places = torch.arange(len(text)) + padding_counts * in_front
-        out = policy.lm(text[None], None, places[None])
+        places = torch.arange(text.shape[1])[None] + padding * in_front
+        out = policy.lm(text, position_ids=places, output_hidden_states=True)
         # The place before a token predicts it
         first, second = (slice(start - 1 + k, start - 1 + k + n) for k in late)
-        right = _logprobs(out.logits[0, first], text[start:], tau)
-        logprobs[b, :n] = right * (text[start:] != 0) if without_eos else right
-        values[b, :n] = policy.value_head(out.last_hidden_state[0, second])
+        found = _logprobs(out.logits[:, first], text[:, start:], tau, hot)[0]
+        logprobs[b, :n] = found.where((text[0, start:] != 0) | bool(eos), 0)
+        values[b, :n] = policy.value_head(out.hidden_states[-1][0, second])
     return logprobs, values
 
 
@@ -155,13 +103,13 @@ RESPONSES = {
     "the values are read one slot late, when the token has been chosen": {
         "late": (0, 1)
     },
-    "the mask is built from id == eos: the closing EOS is lost": {"without_eos": True},
-    "the positions count the padding on the left": {"padding_counts": True},
-    "the temperature is left out": lambda *x: _each_alone(*x[:-1], tau=1.0),
+    "the mask is built from id == eos: the closing EOS is lost": {"eos": 0},
+    "the positions count the padding on the left": {"padding": 1},
+    "the temperature is left out": {"hot": 0},
 }
 
 
-@check(_each_alone, RESPONSES)
+@check(_each_alone, RESPONSES, "logprobs", "values")
 def check_evaluate_responses(case):
     """`evaluate_responses(policy, input_ids, attention_mask, mask, temperature)`.
 
@@ -175,16 +123,13 @@ def check_evaluate_responses(case):
     ended = case.lengths < case.mask.shape[1]  # the longest response never ends
     ids[ended, 3 + case.lengths[ended]] = 0
     tau = case.uniform(1.3, 2.0)
-    lm, weights = _Model(case, 6, 4, ids.shape[1] + 4), case.normal(4)
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": ids.shape[1] + 4}
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=6, **sizes)).double().eval()
+    for weight in lm.parameters():  # far from uniform, so that a place too far shows
+        weight.data = case.normal(*weight.shape)
+    weights = case.normal(4)
     policy = SimpleNamespace(lm=lm, value_head=lambda hidden: hidden @ weights)
-
-    @torch.no_grad()
-    def measure(function):
-        tensors = (x.clone() for x in (ids, attention_mask, case.mask))
-        logprobs, values = function(policy, *tensors, tau)
-        return {"logprobs": logprobs, "values": values}
-
-    return measure
+    return policy, ids, attention_mask, case.mask, tau
 
 
 SIZE, HEADS = 512, 8
@@ -229,7 +174,10 @@ RIGHT_HEAD = {
 }
 
 
-@check(RIGHT_HEAD, HEAD, {SPREAD: 5 * ERROR / math.sqrt(2), MEAN: 5 * ERROR})
+BOUNDS = {SPREAD: 5 * ERROR / math.sqrt(2), MEAN: 5 * ERROR}
+
+
+@check(RIGHT_HEAD, HEAD, tolerances=BOUNDS)
 def check_reward_head(case):
     """`RewardHead(hidden_size)`: (..., d) -> (...), N(0, 1/sqrt(d + 1)), bias 0.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from practice.checks.comparison import check
+from practice.checks.comparison import check, loss_and_gradient
 
 
 def _log_sigmoid(x):
@@ -27,85 +27,56 @@ BRADLEY_TERRY = {
     "chosen and rejected are swapped": {"turn": -1},
     "the loss is a sum over the pairs, not a mean": {"over": torch.sum},
     "the sigmoid has no logarithm": {"each": torch.sigmoid},
-    "the difference itself is the loss, without a sigmoid": {"each": lambda x: x},
+    "the difference itself is the loss, without a sigmoid": {"each": torch.clone},
     "a tie counts as a win": {"wins": torch.ge},
 }
 
 
-def _loss_and_slopes(function, leaves, *rest):
-    """Loss, gradient with respect to every number of the (B,) leaves, and stats."""
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    loss, stats = function(*leaves, *rest)
-    slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-    pairs = zip(slopes, leaves, strict=True)
-    return (
-        loss,
-        torch.stack([torch.zeros_like(x) if s is None else s for s, x in pairs]),
-        stats,
-    )
-
-
-@check(_bradley_terry, BRADLEY_TERRY)
+@check(_bradley_terry, BRADLEY_TERRY, leaves=2)
 def check_bradley_terry_loss(case):
     """`bradley_terry_loss(chosen_scores, rejected_scores)` -> loss, stats."""
-    scores = case.normal(7), case.normal(7)
-    scores[1][3] = scores[0][3]  # a tie
-
-    def measure(function):
-        loss, gradient, stats = _loss_and_slopes(function, scores)
-        return {"loss": loss, "gradient": gradient, **stats}
-
-    return measure
+    chosen, rejected = case.normal(7), case.normal(7)
+    rejected[3] = chosen[3]  # a tie
+    return chosen, rejected
 
 
 def _dpo(
-    chosen,
-    rejected,
-    ref_chosen,
-    ref_rejected,
-    beta,
-    smoothing,
-    kind,
-    turn=1,
-    ref=1,
-    price=lambda beta: beta,
-    outside=lambda beta: 1,
-    smooth=1,
-    fixed=True,
-    over=_mean,
-    scale=lambda beta: 1,
-    target=lambda beta: 1 / (2 * beta),
-):
-    """Both kinds; the rest says what a mistake changes. The statistics stay right."""
-    references = [x.detach() if fixed else x for x in (ref_chosen, ref_rejected)]
-    ratios = [chosen - ref_chosen, rejected - ref_rejected]
+    *logprobs, turn=1, ref=1, inside=1, outside=0, smooth=1, fixed=True, over=_mean,
+    ipo=0, target=2,
+):  # fmt: skip
+    """Both kinds; the rest says what a mistake changes. The statistics stay right.
+
+    `inside`, `outside`, `ipo`: the power of beta in the sigmoid, before it, and as a
+    factor of IPO's difference.
+    """
+    *logprobs, beta, smoothing, kind = logprobs
+    chosen, rejected, *references = logprobs
+    ratios = [chosen - references[0], rejected - references[1]]
     stats = {
         "chosen_reward": beta * _mean(ratios[0]),
         "rejected_reward": beta * _mean(ratios[1]),
         "accuracy": _mean((ratios[0] > ratios[1]).double()),
     }
-    D = turn * (chosen - rejected - ref * (references[0] - references[1]))
+    first, second = (x.detach() if fixed else x for x in references)
+    D = turn * (chosen - rejected - ref * (first - second))
     if kind == "ipo":
-        return over((scale(beta) * D - target(beta)) ** 2), stats
-    D, share = price(beta) * D, smooth * smoothing
+        return over((beta**ipo * D - 1 / (target * beta)) ** 2), stats
+    D, share = beta**inside * D, smooth * smoothing
     each = (1 - share) * _log_sigmoid(D) + share * _log_sigmoid(-D)
-    return -outside(beta) * over(each), stats
+    return -(beta**outside) * over(each), stats
 
 
 DPO = {
     "chosen and rejected are swapped": {"turn": -1},
     "the reference is left out": {"ref": 0},
     "the reference has the wrong sign": {"ref": -1},
-    "beta stands outside of the sigmoid": {
-        "price": lambda beta: 1,
-        "outside": lambda beta: beta,
-    },
-    "beta is left out": {"price": lambda beta: 1},
+    "beta stands outside of the sigmoid": {"inside": 0, "outside": 1},
+    "beta is left out": {"inside": 0},
     "the labels are not smoothed": {"smooth": 0},
     "gradients reach the reference": {"fixed": False},
     "the loss is a sum over the pairs, not a mean": {"over": torch.sum},
-    "IPO's difference is multiplied by beta": {"scale": lambda beta: beta},
-    "IPO's target is 1 / beta, not half of it": {"target": lambda beta: 1 / beta},
+    "IPO's difference is multiplied by beta": {"ipo": 1},
+    "IPO's target is 1 / beta, not half of it": {"target": 1},
 }
 
 
@@ -122,9 +93,9 @@ def check_dpo_loss(case):
     def measure(function):
         got = {}
         for kind, share in (("sigmoid", smoothing), ("ipo", 0.0)):
-            found = _loss_and_slopes(function, texts, beta, share, kind)
-            got |= {f"loss of {kind}": found[0], f"gradient of {kind}": found[1]}
-            got |= found[2]
+            found = loss_and_gradient((*texts, beta, share, kind), 4, function)
+            got |= {f"{k} of {kind}": found.pop(k) for k in ("loss", "gradient")}
+            got |= found
         return got
 
     return measure

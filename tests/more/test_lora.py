@@ -14,8 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from more import lora
 from practice.cells import LOOP, import_cells
-from tests.test_loop import SETTINGS, collect
-from tests.test_rollout import EOS, PROMPTS, small_lm
+from tests.small import EOS, PROMPTS, SETTINGS, collect, small_lm
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 
 SHARED = {"bos_token_id": 0, "eos_token_id": EOS, "vocab_size": 23}

@@ -10,7 +10,7 @@ from more import lora
 from more.memory import bytes_of, counted_memory, layout_memory
 from practice.cells import LOOP, import_cells
 from tests.more.test_lora import SHARED, free, gpt2, llama
-from tests.test_loop import SETTINGS, collect, guarded
+from tests.small import SETTINGS, collect, guarded
 from utils.models import PolicyWithValueHead, freeze
 
 

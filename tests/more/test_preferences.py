@@ -18,7 +18,7 @@ from more.preferences import (
     read_pairs,
     split_by_prompt,
 )
-from tests.test_ppo import t
+from tests.small import t
 from utils.data import load_tokenizer
 
 PAIR = {"prompt": "the film is", "chosen": " fine .", "rejected": " dull ."}

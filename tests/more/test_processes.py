@@ -12,8 +12,7 @@ import torch
 from more import processes
 from practice.cells import LOOP, import_cells
 from tests.conftest import needs_posix
-from tests.test_loop import SETTINGS, make_policy, score
-from tests.test_rollout import EOS, PROMPTS
+from tests.small import EOS, PROMPTS, SETTINGS, make_policy, score
 from utils.models import freeze
 from utils.rollout import evaluate_responses
 

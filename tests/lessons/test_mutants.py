@@ -1,0 +1,97 @@
+"""Known mistakes of PPO's loop: each is made, and a test of the loop must fail.
+
+Mistakes of the formulas are in `practice/checks` and tried in `test_checks.py`, those
+of what PPO starts from in `test_preflight.py`.
+"""
+
+import inspect
+import textwrap
+
+import nbformat
+import pytest
+
+from utils import training
+from utils.runs import NOTEBOOKS, ROOT
+
+WHITEN = "advantages = masked_whiten(advantages, mask)"
+AGAIN = "batch.old_logprobs, masked_whiten(batch.advantages, batch.mask)"
+GUARD = """    if pi_stats["ratio_mean"] > 10:
+        pi_loss, v_loss = pi_loss * 0, v_loss * 0
+    losses = {"""
+SHUFFLE = """    prompts = [prompts[i] for i in torch.randperm(len(prompts))]
+    models, size"""
+ROLLOUT, UPDATE, MICRO = "adds_up", "would_be_by_hand", "micro_batches"
+FIGURE = "every_figure"
+# What: the cell of notebook 3, what stands there, what is wrong, the test that fails
+MISTAKES = {
+    "KL of the policy to itself": (
+        "collect-rollout", "response_logprobs(reference,",
+        "response_logprobs(policy.lm,", ROLLOUT),
+    "old log-probs without the temperature": (
+        "collect-rollout", "evaluate_responses(policy, *some, tau)",
+        "evaluate_responses(policy, *some)", ROLLOUT),
+    "raw scores in the rewards": (
+        "ppo-advantages", "rollout.scores,", "rollout.raw_scores,", ROLLOUT),
+    "returns made of whitened advantages": (
+        "ppo-advantages", WHITEN, f"{WHITEN}; returns = advantages + values", ROLLOUT),
+    "advantages not whitened": ("ppo-advantages", f"    {WHITEN}\n", "", ROLLOUT),
+    "advantages whitened again in each piece": (
+        "ppo-loss", "batch.old_logprobs, batch.advantages", AGAIN, UPDATE),
+    "a guard zeroes the loss, and still steps": (
+        "ppo-loss", "    losses = {", GUARD, UPDATE),
+    "micro-batches weigh by rows": (
+        "ppo-loss", "piece.n_tokens / batch.n_tokens", "len(piece) / len(batch)",
+        MICRO),
+    "gradients pile up": ("ppo-loss", "    optimizer.zero_grad()\n", "", UPDATE),
+    "permutation larger than the batch": (
+        "ppo-update", "randperm(len(rollout)", "randperm(2 * len(rollout)", UPDATE),
+    "minibatches never reshuffled": (
+        "ppo-update", "split(settings.ppo_minibatch_size, order)",
+        "split(settings.ppo_minibatch_size)", UPDATE),
+    "dropout during the update": (
+        "ppo-update", "figures = gradients(policy, ",
+        "figures = gradients(policy.train(), ", UPDATE),
+    "held-out prompts reshuffled": ("evaluate", "    models, size", SHUFFLE, FIGURE),
+    "scaled gradients are clipped": (
+        None, "self.scaler.unscale_(self.optimizer)", "", UPDATE),
+}  # fmt: skip
+
+
+def changed(source, old, new):
+    assert source.count(old) == 1, f"{source.count(old)} places to change: {old!r}"
+    return source.replace(old, new)
+
+
+def change_cell(monkeypatch, cell_id, old, new):
+    """Whoever reads the notebook from now on finds this cell changed."""
+    real, lesson = nbformat.read, ROOT / NOTEBOOKS["3"]
+
+    def read(path, *arguments, **options):
+        notebook = real(path, *arguments, **options)
+        if path == lesson:
+            (cell,) = (cell for cell in notebook.cells if cell.id == cell_id)
+            cell.source = changed(cell.source, old, new)
+        return notebook
+
+    read(lesson, as_version=4)  # there is such a place
+    monkeypatch.setattr(nbformat, "read", read)
+
+
+def change_step(monkeypatch, old, new):
+    """The optimiser takes its steps in a changed way."""
+    step = training.GuardedOptimizer.step
+    namespace = {}
+    source = changed(textwrap.dedent(inspect.getsource(step)), old, new)
+    exec(source, vars(training), namespace)
+    monkeypatch.setattr(training.GuardedOptimizer, "step", namespace["step"])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_loop_is_caught(mistake, monkeypatch):
+    cell_id, old, new, test = MISTAKES[mistake]
+    change = change_cell if cell_id else change_step
+    change(monkeypatch, *[cell_id] * bool(cell_id), old, new)
+    file = "utils/test_evaluation.py" if test == FIGURE else "lessons/test_loop.py"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", test]
+    found = pytest.main([*options, str(ROOT / "tests" / file)])
+    assert found == pytest.ExitCode.TESTS_FAILED

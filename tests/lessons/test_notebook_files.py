@@ -1,0 +1,214 @@
+"""The rules for the notebook files and pages, as they are committed."""
+
+import json
+import re
+import statistics
+import subprocess
+
+import nbformat
+import pytest
+from nbconvert import HTMLExporter
+
+from practice.cells import import_cells
+from tests.conftest import ROOT, code_cells, python, read
+from utils import runs
+from utils.evaluation import FIGURES
+from utils.runs import NOTEBOOKS
+
+LESSONS = [*NOTEBOOKS.values()]
+REAL_RUN = [f"docs/real-run/{NOTEBOOKS[number]}" for number in "123"]
+EVERY = [*LESSONS, *REAL_RUN]
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_is_valid_small_and_of_nobody(name):
+    notebook, text = read(name), (ROOT / name).read_text("utf8")
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert "widgets" not in notebook.metadata and "widget-view" not in text
+    assert len(text) < 1_000_000
+    assert not re.search(r"(?<![\w.:/])/(?:home|root|Users|tmp)/", text)
+    outputs = [out for cell in code_cells(name).values() for out in cell.outputs]
+    kinds = {out.output_type for out in outputs} | {out.get("name") for out in outputs}
+    assert not kinds & {"error", "stderr"}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_cells_are_short_introduced_and_of_a_tiny_run(name):
+    """No more than three code cells in a row without a word between them."""
+    notebook, cells = read(name), code_cells(name)
+    lines = [cell.source.split("\n") for cell in cells.values()]
+    lengths = [*map(len, lines)]
+    assert statistics.median(lengths) <= 10 and max(lengths) <= 40
+    assert max(len(line) for cell in lines for line in cell) <= 88
+    kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
+    assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
+    assert "preset: tiny" in "".join(map(printed, cells.values()))
+    counts = [cell.execution_count for cell in cells.values()]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_the_sources_on_the_page_are_those_that_run(name):
+    """What `show_source` displays in the committed outputs is today's code."""
+    namespace = import_cells(name)
+    for cell in code_cells(name).values():
+        for call in re.findall(r"^show_source\((.*)\)$", cell.source, re.M):
+            shown = eval(f"show_source({call})", namespace).data
+            datas = [output.get("data", {}) for output in cell.outputs]
+            assert shown in [data.get("text/markdown") for data in datas], cell.id
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_every_picture_of_the_page_has_words(name):
+    """Where nbconvert reads them; its template `lab` knows no words for pictures."""
+    exporter = HTMLExporter(template_name="classic")
+    pictures = re.findall(r"<img[^>]*>", exporter.from_notebook_node(read(name))[0])
+    assert pictures
+    for picture in pictures:
+        (words,) = re.findall(r'alt="([^"]*)"', picture)
+        assert len(words) > 10 and "No description" not in words
+
+
+def test_the_first_two_cells_are_the_same_everywhere():
+    for name in LESSONS:
+        (first, cell), (second, setup), *_ = code_cells(name).items()
+        assert (first, second) == ("parameters", "setup")
+        assert cell.metadata.tags == ["parameters"]  # papermill adds its own below
+        assert "USE_DRIVE = False" in cell.source and "REPOSITORY = " in cell.source
+        assert setup.source == code_cells(LESSONS[0])["setup"].source, name
+
+
+@pytest.fixture(scope="module")
+def github(tmp_path_factory):
+    """Variables for a git that knows two repositories, whose files say of which."""
+    folder = tmp_path_factory.mktemp("github")
+    # The last one is what somebody gets who names no branch
+    for said in ("OWNER/REPO main", "FORK/X mine", "FORK/X main"):
+        repository, branch = said.split()
+        file = folder / repository / "utils" / "runs.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(said)
+        git = ["git", "-C", folder / repository, "-c", "user.name=me"]
+        commit = ["-c", "user.email=me", "commit", "-m", branch]
+        for do in (["init"], ["checkout", "-B", branch], ["add", "."], commit):
+            subprocess.run([*git, *do], check=True, capture_output=True)
+    key = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{folder}/.insteadOf"}
+    return {**key, "GIT_CONFIG_VALUE_0": "https://github.com/"}
+
+
+ASKED = """
+import io, urllib.request
+def answer(url, timeout):
+    assert url == "http://172.28.0.12:9000/api/sessions"
+    if not {sessions!r}:
+        raise urllib.error.URLError("no such host")
+    return io.BytesIO(b'[{{"path": "{sessions}", "type": "notebook"}}]')
+urllib.request.urlopen = answer
+"""
+
+
+def setup_in(folder, environ, given="", sessions=""):
+    """Where the setup cell, run twice, has led; or what it said last."""
+    cells, found = code_cells(NOTEBOOKS["1"]), "open('utils/runs.py').readline()"
+    first, setup = cells["parameters"].source, cells["setup"].source
+    steps = [ASKED.format(sessions=sessions), first, given, setup, setup]
+    source = "\n".join([*steps, f"print(os.getcwd(), {found}, sys.path[0])"])
+    done = python("-c", source, cwd=folder, **environ)
+    return (done.stdout or done.stderr).strip()
+
+
+OURS = runs.__doc__.splitlines()[0]
+FROM_GITHUB = "fileId=https%3A%2F%2Fgithub.com%2FFORK%2FX%2Fblob%2Fmine%2F1-SFT.ipynb"
+FROM_DRIVE = "fileId=1AbCdEfGhIjKlMnOpQrStUvWxYz"
+LIES = f" = {str(ROOT / LESSONS[3])!r}"
+
+
+PLACES = [
+    (ROOT, "", "", OURS),  # JupyterLab
+    (ROOT / "more", "", "", OURS),
+    (ROOT / "exercises" / "source", "", FROM_DRIVE, OURS),
+    ("", "__vsc_ipynb_file__" + LIES, "", OURS),
+    ("", "PAPERMILL_INPUT_PATH" + LIES, "", OURS),
+    ("", "", FROM_GITHUB, "FORK/X mine"),  # Colab: the very branch
+    ("", "", FROM_DRIVE, "OWNER/REPO main"),  # Colab: uploaded alone, or on Drive
+    ("", "", "", "OWNER/REPO main"),  # Kaggle
+    ("", 'REPOSITORY = "https://github.com/FORK/X"', "", "FORK/X main"),
+]
+
+
+@pytest.mark.parametrize("folder, given, said, found", PLACES)
+def test_setup_finds_the_repository(tmp_path, github, folder, given, said, found):
+    (tmp_path / "utils").mkdir()  # a stranger's
+    place = ROOT if found == OURS else tmp_path / "repository"
+    for _ in range(1 + (found != OURS)):  # what was cloned is found by another kernel
+        where = setup_in(folder or tmp_path, github, given, said)
+        assert where.startswith(f"{place} ") and found in where, where
+        assert where.endswith(f" {place}"), where  # first on sys.path
+
+
+def test_a_repository_that_cannot_be_cloned_is_a_sentence(tmp_path, github):
+    said = setup_in(tmp_path, {**github, "GIT_CONFIG_KEY_0": "url./nowhere/.insteadOf"})
+    assert said.endswith("write this notebook's address into REPOSITORY, above")
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "exercises/README.md"]
+PAGES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *LESSONS])
+def test_the_links_and_pictures_of_a_page_are_there(page):
+    text, folder = (ROOT / page).read_text("utf8"), (ROOT / page).parent
+    if page in LESSONS:
+        cells = read(page).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    targets = [target.replace("%20", " ") for target in targets]
+    assert [target for target in targets if not (folder / target).exists()] == []
+
+
+README = (ROOT / "README.md").read_text("utf8")
+BADGE = r"(?:https://|research\.google\.com/)github(?:\.com)?/([\w.-]+/[\w.-]+?)"
+
+
+def test_badges_and_setup_cells_name_one_repository():
+    exercises = sorted((ROOT / "exercises").glob("*/*/*.ipynb"))
+    found = {}
+    for file in (ROOT / "README.md", *(ROOT / name for name in LESSONS), *exercises):
+        named = re.findall(BADGE + r'(?=/blob/main/|\\")', file.read_text("utf8"))
+        found[file.name] = set(named)
+    assert all(len(names) == 1 for names in found.values()), found
+    assert len(found) > 15 and len(set.union(*found.values())) == 1
+
+
+def test_the_readme_decides_in_a_page_and_names_every_lesson():
+    assert len(README.split()) <= 900
+    assert all(f"({name.replace(' ', '%20')})" in README for name in LESSONS)
+    commands = [line for line in README.splitlines() if line[:4] == "    "]
+    assert max(map(len, commands)) <= 44  # whole on a telephone, too
+
+
+def test_the_readme_shows_the_first_ten_prompts_of_the_real_run():
+    (output,) = code_cells(REAL_RUN[2])["samples"].outputs
+    table = "\n".join(output.data["text/markdown"].splitlines()[2:12])
+    table = re.sub(r" \(-?\d\.\d\d\) (?=\|)", " ", table)  # without the rewards
+    table = re.sub(r" +", " ", table)
+    assert 0 < README.index(table) < README.index("\n## ")  # above the fold
+
+
+def test_the_readme_shows_the_figures_of_both_runs():
+    """As the outputs of notebook 3, and the means over the seeds."""
+    real = json.loads((ROOT / "docs/real-run/results.json").read_text())["figures"]
+    lines = printed(code_cells(NOTEBOOKS["3"])["after"]).splitlines()
+    tiny = {line[:42].strip(): line[42:62].split() for line in lines}
+    for figure, (name, spec) in FIGURES.items():
+        row = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.M)[1]
+        before, after, *theirs = (column.strip() for column in row.split(" | "))
+        each = {when: real.get(figure, {}).get(when) for when in ("before", "after")}
+        means = [format(sum(x) / len(x), spec) if x else "" for x in each.values()]
+        assert theirs == means, name
+        assert name not in tiny or [x for x in (before, after) if x] == tiny[name], name

@@ -1,0 +1,137 @@
+"""Notebooks 1 to 3, executed in the tiny preset: their figures and their outputs."""
+
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+
+import coverage
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+
+from practice import tiny_world
+from practice.cells import import_cells
+from tests.conftest import ROOT, code_cells, ours, read, run_series
+from utils import __main__ as command
+from utils.data import load_reviews, load_tokenizer, tokenize
+from utils.models import RewardModel, freeze
+from utils.runs import NOTEBOOKS, STAGES
+from utils.settings import load_settings
+
+pytestmark = pytest.mark.slow  # it is the README's first command
+
+
+@pytest.fixture(scope="module")
+def metrics(series):
+    files = {name: series[0] / name / "metrics.json" for name in STAGES}
+    return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def settings(series):
+    return load_settings("tiny", {"runs_dir": str(series[0].parent)})
+
+
+def test_the_sft_model_is_close_to_what_the_grammar_leaves_open(settings, metrics):
+    """Nats per token of the validation split: at most 5 % above the least there is."""
+    tokenizer = load_tokenizer(settings.model_name)
+    rows = tokenize(load_reviews(settings)["validation"]["sentence"], tokenizer, 66)
+    kept = [row for row in rows if len(row) >= settings.sft_min_tokens]
+    least = tiny_world.least_loss(settings, kept, tokenizer)["the grammar"]
+    before, after = (metrics["sft"][when] for when in ("before", "after"))
+    assert least < after["validation_loss"] < 1.05 * least
+    assert after["validation_loss"] < before["validation_loss"] - 0.1
+
+
+def test_the_reward_model_is_accurate(series, settings, metrics):
+    """Also recomputed from the saved model, one sentence at a time."""
+    assert metrics["reward_model"]["after"]["accuracy"] >= 0.95
+    model = freeze(RewardModel.from_pretrained(series[0] / "reward_model"))
+    tokenizer = load_tokenizer(series[0] / "reward_model")
+    split = load_reviews(settings)["validation"].select(range(200))
+    rows = (torch.tensor([row]) for row in tokenize(split["sentence"], tokenizer, 64))
+    praise = [model(ids, torch.ones_like(ids)).item() > 0 for ids in rows]
+    assert sum(map(int.__eq__, praise, split["label"])) >= 190
+
+
+def test_ppo_reaches_its_goal(metrics):
+    before, after = metrics["policy"]["before"], metrics["policy"]["after"]
+    assert before["exactly_positive"] == pytest.approx(0.45, abs=0.12)
+    assert after["exactly_positive"] >= 0.8 and after["eos_rate"] >= 0.95
+    assert after["judged_positive"] >= before["judged_positive"] + 0.2
+    assert before["kl"] == 0 and 0.3 < after["kl"] < 6
+    assert after["length"] == pytest.approx(before["length"], rel=0.3)
+
+
+def test_the_history_is_healthy(metrics, settings):
+    history = metrics["policy"]["history"]
+    assert len(history) == settings.ppo_steps
+    astray = import_cells(NOTEBOOKS["3"], "snapshot")["astray"]
+    assert not any(astray(history[:n]) for n in range(1, len(history) + 1))
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(history[0]["score"]) < 0.3  # normalised on the SFT model's samples
+    assert sum(step["explained_variance"] for step in history[-10:]) > 0.5
+    assert all(math.isfinite(value) for step in history for value in step.values())
+    assert all(abs(step["ratio_mean"] - 1) < 0.1 for step in history)
+    # a single odd minibatch may end an update, and no more than that
+    assert sum(step["optimizer_steps"] < 16 for step in history) <= 2
+
+
+def test_the_table_of_the_command(series):
+    _, table = series
+    assert "expected (mean ± 4 sd)" in table
+    assert table.count("outside") <= 1, table  # of 13 figures; two are no accident
+    for name in ("SFT: validation perplexity", "grammatical and positive, exactly"):
+        (line,) = (line for line in table.splitlines() if line.startswith(name))
+        assert len(line.split()) >= 8  # before, after, and what was expected
+
+
+@pytest.mark.parametrize("number", "123")
+def test_the_executed_copies_are_whole_and_quiet(series, number):
+    """Every cell was run; nothing is red (stderr), and nothing a widget."""
+    for cell in code_cells(series[0] / NOTEBOOKS[number]).values():
+        assert cell.execution_count
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output
+            assert not [kind for kind in output.get("data", {}) if "widget" in kind]
+
+
+def test_they_execute_most_of_utils(series, report):
+    """What no lesson needs belongs into another room."""
+    cover = coverage.Coverage(config_file=str(series[0].parent / "coveragerc"))
+    cover.combine()
+    share = cover.report(file=(table := io.StringIO()))
+    for line in table.getvalue().splitlines():
+        report("statements of utils that notebooks 1 to 3 execute", line)
+    assert "__main__" in table.getvalue() and share >= 85
+
+
+BRIEF = {"5": "ROLLOUTS = 0", "6": "PAIRS, ROLLOUTS = 200, 2", "7": "ROLLOUTS = 0"}
+BRIEF |= {"8": "ROLLOUTS = 0", "9": "", "4": "PROMPTS = 32"}
+
+
+@pytest.mark.parametrize("number", BRIEF)
+def test_another_lesson_runs_on_these_models(series, number):
+    """Briefly, with a cell below the first one as papermill puts it."""
+    notebook, changes = read(NOTEBOOKS[number]), {"runs_dir": str(series[0].parent)}
+    place = [cell.id for cell in notebook.cells].index("parameters") + 1
+    chosen = f'PRESET, CHANGES = "tiny", {changes}\n{BRIEF[number]}'
+    notebook.cells.insert(place, new_code_cell(chosen))
+    where = {"metadata": {"path": str(ROOT)}}
+    NotebookClient(notebook, timeout=None, resources=where).execute(env=ours())
+
+
+def test_notebook_3_without_its_models_says_what_to_do(world, tmp_path):
+    shutil.copytree(world, tmp_path / "tiny" / "world")
+    changes = {"runs_dir": str(tmp_path), "seed": 7}
+    done = run_series("--only", 3, changes=changes)
+    assert done.returncode == 1
+    assert "3-RLHF.ipynb failed" in done.stderr and "USE_DRIVE = True" in done.stderr
+    # The very command that makes them where this notebook looks for them
+    arguments = shlex.split(re.search("!python -m utils (.*)", done.stderr)[1])
+    ((_, settings),) = command.parse(arguments)[0].values()
+    assert settings == load_settings("tiny", changes)

@@ -1,0 +1,188 @@
+"""PPO where every answer is known: three words, fifteen responses, exact sums."""
+
+import itertools
+
+import pytest
+import torch
+
+from more.common import best_of_n
+from practice import exact_world
+from practice.cells import import_cells
+from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
+from utils.rollout import sample_responses
+from utils.runs import NOTEBOOKS
+
+BETAS = (0.25, 0.5, 1.0)
+EXACT = {"atol": 1e-9, "rtol": 0}
+
+
+@pytest.fixture
+def world():
+    world = exact_world.ExactWorld(seed=3)
+    world.reference.double()
+    world.scores = world.scores.double()
+    return world
+
+
+def another_policy(world, seed=0):
+    """A policy other than the reference, in float64."""
+    lm = exact_world.ExactWorld(seed).reference.double().requires_grad_(True)
+    assert not torch.allclose(world.logprobs(lm), world.logprobs(world.reference))
+    return lm
+
+
+def test_all_responses_are_there_and_their_probabilities_add_up(world):
+    ids, mask = exact_world.all_responses()
+    rows = [ids[b, : int(m.sum())].tolist() for b, m in enumerate(mask)]
+    every = (list(words) for words in itertools.product(range(3), repeat=3))
+    cut = [words[: words.index(0) + 1] if 0 in words else words for words in every]
+    assert sorted(rows) == sorted(map(list, set(map(tuple, cut)))) and len(rows) == 15
+    assert ids[mask == 0].eq(exact_world.EOS).all()
+    logprobs = world.logprobs(world.reference)
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    for row, logprob in zip(rows, logprobs, strict=True):
+        text = torch.tensor([exact_world.PROMPT + row])
+        alone = token_logprobs(world.reference(text).logits[:, :-1], text[:, 1:])
+        assert logprob.item() == pytest.approx(alone.sum().item(), abs=1e-9)
+
+
+def test_scores_are_found_again_and_a_missing_eos_costs(world):
+    prompts, mask = torch.full((500, 1), exact_world.EOS), torch.ones(500, 1).long()
+    options = (exact_world.EOS, 3, 1.0, torch.Generator().manual_seed(0))
+    ids, attention, mask = sample_responses(world.reference, prompts, mask, *options)
+    scores, _ = world.score(ids, attention, mask)
+    names = dict(zip(world.names(), world.scores.tolist(), strict=True))
+    found = set()
+    for row, m, score in zip(ids[:, 1:], mask, scores, strict=True):
+        words = [exact_world.WORDS[word] for word in row[m.bool()]]
+        ended = words[-1] == "EOS"
+        assert names[" ".join(words + ["…"] * (not ended))] == score
+        assert ended or score == exact_world.SETTINGS.missing_eos_score
+        found.add(ended)
+    assert len(found) == 2
+    # responses may all be short: the batch is then narrower than three slots
+    short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
+    assert short.item() == names["EOS"]
+    with pytest.raises(ValueError, match=r"\[7, 7, 0\] is none of the 15 responses"):
+        world.score(torch.tensor([[0, 7, 7]]), None, torch.tensor([[1, 1]]))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_optimum_is_the_optimum(world, beta):
+    """J* - J(pi) = beta KL(pi || pi*) for every pi: no policy is better."""
+    log_best, J_best = world.optimum(beta)
+    assert log_best.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(world.objective(log_best, beta), J_best, **EXACT)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        logits = 3 * torch.randn(15, generator=generator, dtype=torch.float64)
+        logprobs = logits.log_softmax(0)
+        gap = beta * (logprobs.exp() * (logprobs - log_best)).sum()
+        assert gap > 0
+        J = world.objective(logprobs, beta)
+        torch.testing.assert_close(J_best - J, gap, **EXACT)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_with_exact_values_no_state_has_an_advantage(world, lam):
+    """E[A_t | what was written] = 0 at every state, whatever lambda is."""
+    lm = another_policy(world)
+    with torch.no_grad():
+        logprobs, ref = world.token_logprobs(lm), world.token_logprobs(world.reference)
+        rewards = token_rewards(world.scores, logprobs, ref, world.mask, 0.4)
+        values = world.values(lm, 0.4)
+        start = world.objective(world.logprobs(lm), 0.4)
+        # J is the mean of all rewards, and the value before the first token
+        mean = (world.logprobs(lm).exp() * rewards.sum(dim=1)).sum()
+    torch.testing.assert_close(
+        torch.stack([mean, values[0, 0]]), start.expand(2), **EXACT
+    )
+    advantages, _ = compute_gae(rewards, values, world.mask, 1.0, lam)
+    probs, states = logprobs.sum(dim=1).exp(), {}
+    for i, t in world.mask.nonzero().tolist():
+        states.setdefault((t, *world.responses[i, :t].tolist()), []).append(i)
+    assert len(states) == 7  # before the first token, two words later, four later
+    for (t, *_), here in states.items():
+        mean = (probs[here] * advantages[here, t]).sum()
+        assert mean.item() == pytest.approx(0, abs=1e-9)
+        assert advantages[here, t].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
+    """The mean over all responses of PPO's first step is the exact gradient of J.
+
+    The loss of a single response is a mean over its tokens; times their number and the
+    response's probability, it is summed over all fifteen. With lambda 1 any values
+    will do that depend on the state alone; below 1 they must be the exact ones.
+    """
+    beta, lm = 0.4, another_policy(world)
+    ref = world.token_logprobs(world.reference)
+    values = world.values(lm, beta)
+    if lam == 1.0:
+        values = world.values(world.reference, 0.0) + 3
+    logprobs = world.token_logprobs(lm)
+    old = logprobs.detach()
+    rewards = token_rewards(world.scores, old, ref, world.mask, beta)
+    advantages, _ = compute_gae(rewards, values.detach(), world.mask, 1.0, lam)
+    batch = (logprobs, old, advantages, world.mask)
+    losses = [policy_loss(*(x[b : b + 1] for x in batch))[0] for b in range(15)]
+    weights = old.sum(dim=1).exp() * world.mask.sum(dim=1)
+    parameters = list(lm.parameters())
+    ours = torch.autograd.grad(torch.stack(losses) @ weights, parameters)
+    exactly = torch.autograd.grad(
+        -world.objective(world.logprobs(lm), beta), parameters
+    )
+    trunk = [g for g in exactly if g.shape != lm.lm_head.weight.shape]
+    assert max(g.abs().max() for g in trunk) > 1e-3
+    for a, b in zip(ours, exactly, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def learn(beta, seed, name="PPO"):
+    """What an estimator reaches in one world, as a share of what there is to gain."""
+    cells = ("loop", "train-exactly", "whole-response", "grpo-policy-loss", "ways")
+    lesson = import_cells(NOTEBOOKS["5"], *cells)
+    advantages, update, own = lesson["ways"](4)[name]
+    world, how = exact_world.ExactWorld(seed), (advantages, update)
+    run = lesson["train_exactly"](world, beta, *how, **{"seed": seed, **own})
+    return world.reached(run.lm, beta)
+
+
+SLOW = [pytest.param(beta, range(10), marks=pytest.mark.slow) for beta in BETAS]
+
+
+@pytest.mark.parametrize("beta, seeds", [(0.5, [0]), *SLOW])
+def test_ppo_finds_the_optimum(report, beta, seeds):
+    """At least 98 % of what there is to gain."""
+    shares = [learn(beta, seed) for seed in seeds]
+    listed = " ".join(f"{share:.3f}" for share in shares)
+    title = "exact world: (J - J_ref) / (J* - J_ref) after PPO"
+    report(title, f"beta {beta:4}: least {min(shares):.3f}; seeds {listed}")
+    assert min(shares) >= 0.98
+
+
+@pytest.mark.slow
+def test_rloo_finds_it_too_and_the_others_come_near():
+    """On the same loop, in one world: GRPO is after something else, so less."""
+    reached = {name: learn(0.5, 0, name) for name in ("REINFORCE", "RLOO", "GRPO")}
+    assert reached["RLOO"] >= 0.98
+    assert reached["REINFORCE"] >= 0.8
+    assert 0.5 <= reached["GRPO"] < reached["RLOO"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_best_of_n_is_what_all_draws_of_n_give(n):
+    """Each of the 15^n in the exact world, where eight responses score the same."""
+    world = exact_world.ExactWorld(seed=3)
+    ref, scores = world.logprobs(world.reference).detach(), world.scores
+    expected = torch.zeros(15, dtype=torch.float64)
+    for drawn in itertools.product(range(15), repeat=n):
+        # Of equal ones the first: they come in any order
+        best = max(drawn, key=lambda i: scores[i].item())
+        expected[best] += ref[list(drawn)].sum().exp()
+    # Of several prompts at once, each is as it is alone
+    rows = best_of_n(torch.stack([ref.flip(0), ref]), torch.stack([-scores, scores]), n)
+    torch.testing.assert_close(rows[1].exp(), expected, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of_n(ref, scores, 0)

@@ -1,0 +1,144 @@
+"""What is measured before and after, and what it is held against."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import matplotlib
+import pytest
+import torch
+
+from practice.cells import import_cells
+from tests.small import EOS, small_lm, small_tokenizer
+from utils.evaluation import FIGURES, distinct_n, expected, figures_table, train_judge
+from utils.models import PolicyWithValueHead, RewardModel, freeze
+from utils.settings import FULL, TINY
+
+matplotlib.use("agg")
+SETTINGS = dataclasses.replace(TINY, max_new_tokens=6, model_name="x")
+PROMPTS, TOKENIZER = [[5, 6, 7, 8], [3], [4, 2]] * 20, small_tokenizer()
+MODELS = (PolicyWithValueHead(small_lm(seed=0)).double(), small_lm(seed=1))
+REWARD_MODEL = freeze(RewardModel(small_lm(seed=2).base_model).double())
+
+
+def measuring(seed=42):
+    """The cell that measures, for three small models; c is praise, d is blame."""
+
+    def score(input_ids, attention_mask, mask):
+        raw = REWARD_MODEL(input_ids, attention_mask)
+        return raw, raw / 2
+
+    labels, texts = {"label": [True, False] * 99}, ["c", "d"] * 99
+    names = {"settings": dataclasses.replace(SETTINGS, seed=seed), "seed": seed}
+    names |= {"device": torch.device("cpu"), "reference": MODELS[1], "score": score}
+    names |= {"eos_id": EOS, "tokenizer": TOKENIZER, "held_out": PROMPTS}
+    names |= {"train_sentences": texts, "unseen": texts}
+    names |= {"reviews": {"train": labels, "validation": labels}}
+    return import_cells(
+        "3-RLHF.ipynb", "collect-rollout", "judges", "evaluate", names=names
+    )
+
+
+def alone(lm, ids, n):
+    """Log-probability of the last n tokens, from the model's own logits."""
+    logprobs = lm(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs[range(len(ids) - 1), ids[1:]][-n:].sum().item()
+
+
+def test_every_figure_from_the_texts_alone(capsys):
+    """In the order of the prompts, so that before and after are paired."""
+    (policy, reference), cells, found = MODELS, measuring(), []
+    assert "right on 100.0% of held-out reviews" in capsys.readouterr().out
+    figures, rows = cells["evaluate"](policy)
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert row["prompt"] == TOKENIZER.decode(prompt)
+        response = TOKENIZER(row["response"])["input_ids"] if row["response"] else []
+        ended = len(response) < SETTINGS.max_new_tokens
+        ids, n = prompt + response + [EOS] * ended, len(response) + ended
+        ref, text = alone(reference, ids, n), torch.tensor([ids])
+        z = REWARD_MODEL(text, torch.ones_like(text)).item()
+        known = {"raw": z, "reward": 2 / (1 + math.exp(-z)) - 1, "score": z / 2}
+        known |= {"kl": alone(policy.lm, ids, n) - ref, "ended": float(ended)}
+        assert {k: row[k] for k in known} == pytest.approx(known, abs=1e-6)
+        (judged,) = cells["judge"]([row["text"]])
+        found.append(known | {"ref": ref, "n": n, "judged": judged})
+    mean = {k: sum(row[k] for row in found) / len(found) for k in found[0]}
+    known = {k: mean[k] for k in ("reward", "score", "kl")}
+    known |= {"eos_rate": mean["ended"], "length": mean["n"]}
+    known |= {"perplexity": math.exp(-mean["ref"] / mean["n"])}
+    known |= {"judged_positive": mean["judged"]}
+    assert 0 < mean["ended"] < 1 and 0 < mean["judged"] < 1
+    assert {k: figures[k] for k in known} == pytest.approx(known, abs=1e-6)
+    assert cells["evaluate"](policy) == (figures, rows)  # the same seed
+    assert measuring(seed=43)["evaluate"](policy)[1] != rows
+
+
+def test_the_scores_of_the_reference_stand_in_their_prompts_rows():
+    cells = measuring()
+    cells["measure_scores"] = lambda prompts: (
+        torch.arange(6) + 100 * torch.tensor([p[0] for p in prompts]),
+        [[EOS] if len(p) > 1 else [3] for p in prompts],
+    )
+    cells["normalise"] = lambda raw, ended: torch.where(ended, raw, -1.0)
+    found = cells["reference_scores"]([[5, 6], [3], [4, 2]], 2)
+    assert found.tolist() == [[500, 503], [-1, -1], [402, 405]]
+
+
+def test_distinct_words_and_what_the_judge_learns():
+    rows = [[1, 2, 1, 2], [1, 2], [3]]  # (1, 2) three times, (2, 1) once
+    assert (distinct_n(rows, 1), distinct_n(rows, 2)) == (3 / 7, 2 / 4)
+    tokenizer = small_tokenizer(["a", "funny", "film", "dull", "the", "plot", "is"])
+    sentences = ["a funny film", "a dull film", "the plot is funny", "the plot is dull"]
+    judge = train_judge(sentences * 300, [1, 0, 1, 0] * 300, tokenizer, 0, epochs=5)
+    assert judge(["a funny plot", "a dull plot EOS"]) == [True, False]
+
+
+def share(score, kl, possible, beta):
+    """What the cell that measures the trained policy makes of these figures."""
+    figures, rows = {"score": score, "kl": kl}, [{"reward": 0.5}]
+    names = {"settings": dataclasses.replace(SETTINGS, kl_coef=beta)}
+    names |= {"evaluate": lambda policy: (dict(figures), rows), "possible": possible}
+    names |= {"run": SimpleNamespace(policy=None), "before": {}, "rows_before": rows}
+    after = import_cells("3-RLHF.ipynb", "after", names=names)["after"]
+    assert after["objective"] == pytest.approx(score - beta * kl)
+    return after.get("share")
+
+
+def test_the_best_possible_of_two_responses_by_hand():
+    """One is better by beta log 3: it gets three quarters, and J* is beta log 2."""
+    scores = torch.tensor([[0.0, 0.5 * math.log(3)], [1.0, 1.0]])
+    kl, start = (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2, scores.mean().item()
+    score, most = (0.375 * math.log(3) + 1) / 2, (0.5 * math.log(2) + 1) / 2
+    halfway = (start + most) / 2 + 0.5 * 3
+    for *figures, part in ((start, 0, 0), (score, kl, 1), (halfway, 3, 0.5)):
+        assert share(*figures, scores, 0.5) == pytest.approx(part, abs=1e-6)
+    assert share(2.0, 9.0, scores, 0.0) is None  # without a price there is no best
+
+
+def test_what_is_expected_is_that_of_the_preset(monkeypatch):
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        for changes in ({}, {"seed": 7, "train_anyway": True}):
+            found = expected(dataclasses.replace(TINY, **changes))
+            assert set(FIGURES) <= set(found) if not gpu else found == {}
+        assert expected(dataclasses.replace(TINY, kl_coef=0.2)) == expected(FULL) == {}
+
+
+@pytest.mark.parametrize(
+    "kl, eos_rate, outside",
+    [(2.9, 1.0, []), (3.1, 1.0, ["kl"]), (0.9, 1.0, ["kl"])]
+    # one response of 256 without EOS is no news, two are
+    + [(2.0, 255 / 256, []), (2.0, 254 / 256, ["eos_rate"])],
+)
+def test_the_table_shows_what_was_measured_and_what_lies_outside(kl, eos_rate, outside):
+    figures, known = {"kl": kl, "eos_rate": eos_rate}, {"kl": (2.0, 0.25)}
+    head, first, second = figures_table({"kl": 0.0}, figures).splitlines()
+    assert "expected" not in head and first.startswith(FIGURES["kl"][0])
+    assert first.split()[-2:] == ["0.00", f"{kl:.2f}"]
+    assert second.split()[-1] == f"{eos_rate:.1%}"
+    (_, only) = figures_table({"kl": 1.0, "unknown": 2.0}, {}).splitlines()
+    assert only.startswith(FIGURES["kl"][0]) and only.split()[-1] == "1.00"
+    table = figures_table({}, figures, known | {"eos_rate": (1.0, 0.0)})
+    lines = dict(zip(("kl", "eos_rate"), table.splitlines()[1:], strict=True))
+    assert "2.00 ± 1.00" in lines["kl"]
+    assert [k for k, line in lines.items() if line.endswith("outside")] == outside

@@ -1,0 +1,213 @@
+"""The real loading code, `gpt2` and `stanfordnlp/sst2`, against a hub on loopback."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+
+import pytest
+from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub.utils import close_session
+
+from tests import hub
+from tests.conftest import ROOT, refused
+from tests.utils.test_data import JSONL, written
+from utils import data
+from utils.models import load_causal_lm
+from utils.settings import TINY
+
+pytestmark = pytest.mark.faults
+
+
+@contextlib.contextmanager
+def silent(scheme="http"):
+    """A hub that accepts every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"{scheme}://127.0.0.1:{server.getsockname()[1]}"
+
+
+def nobody():
+    """An address where nobody listens."""
+    with silent() as address:
+        return contextlib.nullcontext(address)
+
+
+def refuses(status):
+    """What serves a hub that answers everything with this status."""
+    return lambda: hub.serve({}, {}, lambda n: status)
+
+
+# A hub, or the proxy before it; the words of the cause; those of the remedy
+NOT_THERE, FAR, ONLINE = "RepoNotFound", "http://hub.invalid", "connect|later"
+SICK = {"me/model": ROOT / "utils"}  # described, but it cannot be read
+CAUSES = {
+    "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
+    # The real hub says 401 to a stranger who asks for what is not there
+    "not there": (refuses((401, NOT_THERE)), "401", "correct the name.*TOKEN"),
+    "gated": (refuses((403, "GatedRepo")), "403", "accept its terms.*HF_TOKEN"),
+    "out of order": (refuses(503), "503 Service Unavailable", ONLINE),
+    "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
+    "hangs up": (refuses(()), "disconnected", ONLINE),
+    "silent": (silent, "timed out", ONLINE),
+    "nobody there": (nobody, "Connection refused", ONLINE),
+    "no network": (lambda: contextlib.nullcontext(FAR), "name resolution", ONLINE),
+    "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
+    "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
+    "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
+}
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """No host has an address, and no certificate is believed; nothing is preset."""
+    look_up = socket.getaddrinfo
+
+    def no_network(host, *rest, **options):
+        if host == "hub.invalid":
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return look_up(host, *rest, **options)
+
+    def unbelievable(*_, **__):
+        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_...] self-signed")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", unbelievable)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.mark.parametrize("fault", CAUSES)
+def test_what_a_hub_does_is_one_sentence(network, monkeypatch, fault):
+    """It quotes the innermost cause; and who cannot be reached is not asked again."""
+    (place, cause, remedy), modes = CAUSES[fault], []
+
+    def load():
+        with data.loading("model", "me/model"):
+            modes.append(is_offline_mode())
+            json.loads("")
+
+    with place() as address:
+        if "proxy" in fault:
+            monkeypatch.setenv("HTTP_PROXY", address)
+            address = FAR
+        monkeypatch.setattr(data, "repo_info", HfApi(address).repo_info)
+        refused(rf"^cannot .* 'me/model' \(.*{cause}.*\); .*({remedy})", load)
+    assert modes[0] or not re.search("refused|timed|resol", cause)
+    assert not is_offline_mode()
+
+
+LOAD = """
+import dataclasses, json, sys
+from huggingface_hub import is_offline_mode
+from utils.data import load_reviews, load_tokenizer
+from utils.models import RewardModel, load_causal_lm
+from utils.settings import FULL
+
+def load(what, name, config=""):
+    if what == "tokenizer":
+        return load_tokenizer(name)("the plot is dull")["input_ids"]
+    if what == "data set":
+        named = dataclasses.replace(FULL, dataset_name=name, dataset_config=config)
+        return load_reviews(named)["train"]["sentence"][:2]
+    model = load_causal_lm if what == "model" else RewardModel.from_pretrained
+    parts = model(name).named_parameters()
+    return sum(p.abs().sum().item() for n, p in parts if "head" not in n)
+
+said = []
+for case in json.loads(sys.argv[1]):
+    try:
+        said.append(load(*case))
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+print(json.dumps([*said, is_offline_mode()]))
+"""
+USUAL = [("model", "gpt2"), ("tokenizer", "gpt2"), ("trunk", "gpt2")]
+USUAL.append(("data set", "stanfordnlp/sst2"))
+
+
+def loads(cases, **environ):
+    """What becomes of each (what, name), in a process of their own; what is printed."""
+    known = ("HF_", "TRANSFORMERS_", "RLHF_", "TQDM_")
+    rest = {k: v for k, v in os.environ.items() if not k.startswith(known)}
+    environ = {**rest, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
+    command = [sys.executable, "-c", LOAD, json.dumps(cases)]
+    options = {"capture_output": True, "text": True, "timeout": 90}
+    done = subprocess.run(command, cwd=ROOT, env=environ, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *printed, said = done.stdout.splitlines()
+    return json.loads(said), "".join(printed)
+
+
+@pytest.fixture(scope="module")
+def cached(world, tmp_path_factory):
+    """A cache that a slow hub filled, what was found in it, and what was printed."""
+    models, sets = {"gpt2": world / "model"}, {"stanfordnlp/sst2": world / "dataset"}
+    home = str(tmp_path_factory.mktemp("home"))
+    with hub.serve(models, sets, lambda n: threading.Event().wait(0.05)) as address:
+        return home, *loads(USUAL, HF_ENDPOINT=address, HF_HOME=home)
+
+
+def test_models_and_data_set_come_from_the_hub(cached, world):
+    """With one bar of text: once, for the reward model starts from the same weights."""
+    _, (weights, ids, trunk, texts, offline), printed = cached
+    assert printed.count("Download: 100%") == 1 and not offline
+    parts = load_causal_lm(world / "model").parameters()
+    assert weights == trunk == pytest.approx(sum(p.abs().sum().item() for p in parts))
+    assert ids == data.load_tokenizer(world / "model")("the plot is dull")["input_ids"]
+    assert texts == data.load_reviews(TINY)["train"]["sentence"][:2]
+
+
+WAIT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+AWAY = [(silent, WAIT), (silent, {"HF_HUB_OFFLINE": "1"})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, environ", AWAY)
+def test_what_is_cached_needs_no_hub(cached, place, environ):
+    home, found, _ = cached
+    with place() as address:
+        again, _ = loads(USUAL, HF_ENDPOINT=address, HF_HOME=home, **environ)
+    assert again == [*found[:-1], "HF_HUB_OFFLINE" in environ]  # as it was before
+
+
+CONFIG = "- {{config_name: {0}, data_files: {0}.jsonl}}\n"
+BOTH = "OSError: .*'cola', 'sst2'.*dataset_config"
+FORMS = {  # what, name and configuration; what is said
+    ("data set", "nyu-mll/glue", ""): BOTH,
+    ("data set", "nyu-mll/glue", "sst2"): r"\['sst2 0, .*",
+    ("data set", "glue/sst2", ""): "OSError: .*404.*correct the name",
+    ("data set", "me/empty", ""): "OSError: .*any data files.*name another",
+    ("data set", "me/closed", ""): "OSError: .*gated.*accept its terms",
+    ("model", "me/closed"): "OSError: .*403.*accept its terms",
+}
+
+
+def test_repositories_of_other_forms(cached, tmp_path, world):
+    """The hub is out of order for the first five requests, and then no longer."""
+    glue, empty, large = (tmp_path / x for x in ("glue", "empty", "large"))
+    for name in ("cola", "sst2"):
+        written(glue / f"{name}.jsonl", JSONL.replace("film", name))
+    head = "".join(map(CONFIG.format, ("cola", "sst2")))
+    written(glue / "README.md", f"---\nconfigs:\n{head}---\n")
+    written(empty / "README.md", "nothing here\n")
+    model, sets = world / "model", world / "dataset"
+    load_causal_lm(model).save_pretrained(large, max_shard_size="500KB")
+    assert len(list(large.glob("*.safetensors"))) > 1
+    models = {"me/large": large, "me/closed": model}
+    found = {"nyu-mll/glue": glue, "me/closed": sets, "me/empty": empty}
+    cases = {("model", "me/large"): re.escape(str(cached[1][0]))} | FORMS
+    refuse, fault = {"me/closed": (403, "GatedRepo")}, lambda n: 503 if n < 5 else None
+    with hub.serve(models, found, fault, files=refuse) as address:
+        environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        said = dict(zip(cases, loads(list(cases), **environ)[0], strict=False))
+    assert {x: s for x, s in said.items() if not re.match(cases[x], str(s))} == {}

@@ -1,0 +1,120 @@
+"""Models of other makes: each goes the whole way of PPO, or is refused by its name.
+
+Small ones with random weights, of the kinds that learners might name.
+"""
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import refused
+from tests.small import EOS, PROMPTS
+from utils import models
+from utils.data import pad
+from utils.models import PolicyWithValueHead, RewardModel, freeze, load_causal_lm
+from utils.rollout import evaluate_responses, response_logprobs, sample_responses
+
+pytestmark = pytest.mark.faults
+COMMON = {"vocab_size": 20, "bos_token_id": EOS, "eos_token_id": EOS}
+COMMON["pad_token_id"] = None
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {**SIZES, "intermediate_size": 32, "max_position_embeddings": 64}
+LLAMA = {**BERT, "num_key_value_heads": 2}
+GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 16}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+OPT = {**SIZES, "max_position_embeddings": 64, "ffn_dim": 32, "word_embed_proj_dim": 16}
+# OPT-350m's words have 512 numbers and its layers 1,024
+OPT_350M = {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
+MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+
+# The kind of a model, its sizes, and what is said of it; nothing: it works
+DIFFER = "its logits differ"
+AHEAD = {**GEMMA, "use_bidirectional_attention": True}
+MODELS = {
+    "OPT": ("OPT", OPT, None),
+    "OPT-350m, of two sizes": ("OPT", OPT_350M, None),
+    "Gemma 3": ("Gemma3Text", GEMMA, None),
+    "Mistral": ("Mistral", {**LLAMA, "sliding_window": 4}, None),
+    "Qwen 2": ("Qwen2", LLAMA, None),
+    "Pythia (GPT-NeoX)": ("GPTNeoX", BERT, None),
+    "BLOOM, without positions": ("Bloom", {**GPT2, "hidden_size": 16}, None),
+    "Falcon": ("Falcon", SIZES, None),
+    "Granite": ("Granite", {**LLAMA, "logits_scaling": 8.0}, DIFFER),
+    "Gemma 2": ("Gemma2", GEMMA, DIFFER),
+    "Phi 2": ("Phi", LLAMA, DIFFER),
+    "BERT": ("Bert", BERT, DIFFER),
+    "Gemma 3 for embeddings": ("Gemma3Text", AHEAD, DIFFER),
+    "RWKV": ("Rwkv", MAMBA | {"attention_hidden_size": 16}, DIFFER),
+    "Mamba": ("Mamba", MAMBA, "its logits differ|Error: "),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(kind, sizes)`: a folder with such a model, far from uniform."""
+
+    def save(kind, sizes):
+        config = getattr(transformers, f"{kind}Config")(**{**COMMON, **sizes})
+        torch.manual_seed(0)
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+        for weight in lm.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        lm.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_goes_the_whole_way_or_is_refused(saved, name):
+    """Loaded, sampled from, scored, looked at, and moved."""
+    kind, sizes, fault = MODELS[name]
+    folder = saved(kind, sizes)
+    if fault:
+        return refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
+    lm, reward_model = load_causal_lm(folder), RewardModel.from_pretrained(folder)
+    prompts, random = pad(PROMPTS * 8, EOS, "left"), torch.Generator().manual_seed(0)
+    texts = sample_responses(lm, *prompts, EOS, 6, 1.0, random)
+    assert reward_model(*texts[:2]).isfinite().all()
+    policy, width = PolicyWithValueHead(lm), sizes.get("word_embed_proj_dim", 16)
+    assert reward_model.head.in_features == policy.value_head.in_features == width
+    ours, values = evaluate_responses(policy, *texts, 1.0)
+    theirs = response_logprobs(freeze(load_causal_lm(folder)), *texts, 1.0)
+    off = max(far_from_its_own(lm, texts, x) for x in (ours, theirs))
+    assert off <= 1e-5
+    (ours.sum() + values.sum()).backward()
+    assert sum(p.grad.any() for p in policy.parameters() if p.grad is not None) > 5
+
+
+@torch.no_grad()
+def far_from_its_own(lm, texts, logprobs):
+    """How far log-probabilities are from the model's own logits of each text alone."""
+    worst = 0.0
+    for ids, attention, mask, ours in zip(*texts, logprobs, strict=True):
+        text, n = ids[attention.bool()], int(mask.sum())
+        logits = lm(text[None], use_cache=False).logits[0, :-1]
+        own = logits.log_softmax(dim=-1).gather(1, text[1:, None])[-n:, 0]
+        worst = max(worst, (own - ours[:n]).abs().max().item())
+    return worst
+
+
+def fail(*_, **__):
+    raise TypeError("no such thing\nand more")
+
+
+def forget(trunk, ids, mask, cache=None, real=models.hidden_states):
+    return real(trunk, ids, mask[:, -ids.shape[1] :])
+
+
+def lose(*arguments, real=models.hidden_states):
+    return real(*arguments) * float("nan")
+
+
+TRIED = [(fail, "TypeError: no such thing and more"), (forget, DIFFER), (lose, DIFFER)]
+
+
+@pytest.mark.parametrize("change, says", TRIED)
+def test_what_a_model_does_when_tried_is_one_sentence(saved, monkeypatch, change, says):
+    folder = saved("Llama", LLAMA)
+    monkeypatch.setattr(models, "hidden_states", change)
+    refused(f"{folder}.*{says}.*name another", load_causal_lm, folder)
