@@ -93,12 +93,15 @@ def test_the_report_by_hand(path):
             {"left": left / 11, "consistent": 1.0}),
         ("skips", lambda q: "s" if q.prompt == again.prompt else "1",
             {"answered": 9, "skipped": 1, "repeated": 0, "consistent": math.nan}),
+        ("skips it then", lambda q: "s" if q.again else "1",
+            {"answered": 10, "skipped": 1, "repeated": 0, "consistent": math.nan}),
     ):  # fmt: skip
         labeller = Labeller(questions, path.with_name(name))
         assert math.isnan(labeller.report()["left"])
         while q := labeller.question:
             labeller.answer(answer(q))
         found = labeller.report()
+        assert Labeller(questions, path.with_name(name)).answers == labeller.answers
         assert found == pytest.approx(expected | changes, nan_ok=True), name
         said = "of 1 asked twice, the same one was chosen in 100%"
         assert (said in describe(found)) == (name == "knows")

@@ -162,6 +162,8 @@ def test_peft_reads_ours_and_we_read_its(model, tmp_path):
             learn(lora.add_adapter(own, "one", 4, 12, targets))
             lora.save_adapter(own, "one", folder)
             assert {p.name for p in folder.iterdir()} == {lora.CONFIG, lora.WEIGHTS}
+            config = json.loads((folder / lora.CONFIG).read_text())
+            assert config["fan_in_fan_out"] == transposed
             theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
             assert off(logits(theirs), logits(own)) <= 1e-6
         else:
