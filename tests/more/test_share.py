@@ -43,18 +43,14 @@ def folder(world, tmp_path_factory):
     models = [lm, RewardModel(copy.deepcopy(lm.base_model)), lm]
     for name, model in zip(STAGES, models, strict=True):
         save_artefact(settings, name, model, tokenizer, METRICS[name])
-    make_folder(settings, "me/praise", "mit", "me")
-    return make_folder(settings, "me/praise", "mit", "these")  # in its place
+    return make_folder(settings, "me/praise", "mit", "these")
 
 
 def test_the_folder_is_plain_and_the_card_has_the_numbers_of_the_files(folder, world):
     lms = [AutoModelForCausalLM.from_pretrained(x) for x in (folder, world / "model")]
     torch.testing.assert_close(*(lm(torch.tensor([[5, 6]])).logits for lm in lms))
-    # No settings.json, which may name folders of this machine
-    assert not {"README.md", "tokenizer.json"} - {
-        file.name for file in folder.iterdir()
-    }
-    assert not (folder / "settings.json").exists()
+    assert (folder / "tokenizer.json").exists()
+    assert not (folder / "settings.json").exists()  # it may name folders here
     card = ModelCard.load(folder / "README.md")
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == AFTER
     rows = re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \|$", card.text, re.M)
@@ -67,11 +63,10 @@ def test_the_folder_is_plain_and_the_card_has_the_numbers_of_the_files(folder, w
     assert fell == tuple(f"{x['distinct_2']:.3f}" for x in (BEFORE, AFTER))
     assert "(321 rows)" in card.text and "of 436,992 parameters" in card.text
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
-    for stage in STAGES:  # of the settings, each number once, and no text
-        for name, value in TINY.that_change(stage).items():
-            shown = re.findall(rf"\b{name} ([-\d.e]+)[,.](?:\s|$)", card.text)
-            numbers = [] if isinstance(value, str) else [value]
-            assert [float(x) for x in shown] == numbers, name
+    numbers = re.findall(r"^\* Numbers: (.+)\.$", card.text, re.M)[0].split(", ")
+    found = {name: float(x) for name, x in (one.split(" ") for one in numbers)}
+    kinds = dataclasses.asdict(TINY).items()  # of the settings, no text
+    assert found == {k: pytest.approx(x) for k, x in kinds if type(x) in (int, float)}
 
 
 def test_the_card_is_valid_and_names_no_folder_here(folder, tmp_path, monkeypatch):
@@ -97,12 +92,11 @@ def test_the_card_is_valid_and_names_no_folder_here(folder, tmp_path, monkeypatc
         card = model_card(settings, METRICS, 1000, "mit", "these", "me/praise")
         assert (card.data.datasets, card.data.base_model) == names and says in card.text
         assert str(tmp_path) not in str(card) and "~/models" not in str(card)
-    for name in ("gpt2", "openai-community/gpt2"):
-        assert public_name(name) == name
-    for name in ("/data/gpt2", "a/b/c", "C:\\models", "utils"):  # one is a folder here
-        assert public_name(name) is None
+    names = {"gpt2": 1, "openai-community/gpt2": 1, "/data/gpt2": 0, "a/b/c": 0}
+    for name, public in (names | {"C:\\models": 0, "utils": 0}).items():  # a folder
+        assert public_name(name) == (name if public else None)
     for name in ("praise", "a/b/c", "me/", "/praise", "me/a b", "-/x"):
-        with pytest.raises(ValueError, match="OWNER/MODEL, in letters, digits"):
+        with pytest.raises(ValueError, match="OWNER/MODEL|[Rr]epo id"):
             check_name(name)
 
 
@@ -116,15 +110,15 @@ for constants.ENDPOINT, os.environ["HF_TOKEN"], name in json.loads(sys.argv[2]):
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
 """
-TOKEN, NO = "hf_" + "Thisisnotatokenbutacanaryof34chars", "OSError: cannot send {} to"
-TRIES = {  # the hub, the token, the name; how what is said begins, and more of it
-    "made": ("hub", TOKEN, "me/praise", "http", "/me/praise"),
-    "taken": ("hub", TOKEN, "me/praise", NO, "; the name is taken: take another, or d"),
-    "foreign": ("hub", TOKEN, "you/x", NO, "; take a name of your own, or a token"),
-    "unknown": ("hub", "hf_unknown", "me/other", NO, "; make a new token that may wri"),
-    "without": ("hub", "", "me/x", "PermissionError: there is no token", "HF_TOKEN"),
-    "nobody": ("nobody", TOKEN, "me/third", NO, "refused); try again later"),
-    "broken": ("broken", TOKEN, "me/fourth", NO, "; delete me/fourth there, and try"),
+TOKEN = "hf_" + "Thisisnotatokenbutacanaryof34chars"
+TRIES = {  # the hub, the token, the name, and what is said
+    "made": ("hub", TOKEN, "me/praise", "/me/praise"),
+    "taken": ("hub", TOKEN, "me/praise", "already created"),
+    "foreign": ("hub", TOKEN, "you/x", "You don't have the rights"),
+    "unknown": ("hub", "hf_unknown", "me/other", "Invalid username or password"),
+    "without": ("hub", "", "me/x", "set a token that may write as HF_TOKEN"),
+    "nobody": ("nobody", TOKEN, "me/third", "refused); take a name that is free"),
+    "broken": ("broken", TOKEN, "me/fourth", "refused"),
 }
 
 
@@ -144,13 +138,15 @@ def test_a_push_arrives_or_ends_in_a_sentence(folder, tmp_path, survived):
         hub.serve({}, {}, lambda n: 422, accounts, tmp_path / "other") as broken,
     ):
         hubs = {"hub": address, "nobody": nobody, "broken": broken}
-        tried = json.dumps([(hubs[at], *rest) for at, *rest, _, _ in TRIES.values()])
+        tried = json.dumps([(hubs[at], *rest) for at, *rest, _ in TRIES.values()])
         command = [sys.executable, "-c", PUSH, str(folder), tried]
         done = subprocess.run(command, env={**os.environ, **ours}, **options)
         assert TOKEN not in done.stdout + done.stderr
         lines = zip(TRIES.items(), done.stdout.splitlines(), strict=True)
-        for (what, (*_, name, begins, says)), said in lines:
-            assert said.startswith(begins.format(name)) and says in said
+        for (what, (*_, name, says)), said in lines:
+            failed = f"OSError: cannot send {name} to the Hugging Face Hub ("
+            assert said.startswith("http" if what == "made" else failed), said
+            assert says in said, said
             survived(f"hub: a push, {what}", said)
         sent = store / "me" / "praise"
         for file in folder.iterdir():

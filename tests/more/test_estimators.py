@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from more.common import check_group
+from more.common import best_possible, check_group, gain_in_objective
 from more.estimators import (
     grpo_advantages,
     grpo_loss,
@@ -81,8 +81,6 @@ def test_bad_arguments_are_named(function, arguments, says):
 @pytest.mark.parametrize(
     "name, group, pieces, says",
     [
-        ("RLO", 4, 12, "no estimator 'RLO'; take PPO or RLOO or GRPO"),
-        ("RLOO", 1, 12, "must be 2 or more, got 1"),
         ("PPO", 0, 12, "must be a multiple of the group, got 0"),
         ("RLOO", 5, 12, r"ppo_rollout_size \(24\) must be a multiple .* got 5"),
         ("GRPO", 4, 6, r"ppo_micro_batch_size \(6\) to ppo_minibatch_size \(12\)"),
@@ -93,12 +91,32 @@ def test_bad_arguments_are_named(function, arguments, says):
 def test_a_group_that_cannot_be_compared_is_said_before(name, group, pieces, says):
     sizes = {"ppo_episodes": 24, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
     settings = load_settings("tiny", {**sizes, "ppo_micro_batch_size": pieces})
-    refused = pytest.raises(ValueError, match=says) if says else nullcontext()
-    with refused:
-        check_group(name, group, ("PPO", "RLOO", "GRPO"), settings)
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        check_group(name, group, settings)
 
 
 def test_a_group_is_one_prompt_again_and_again():
     in_groups = import_cells(NOTEBOOKS["5"], "in-groups")["in_groups"]
     prompts = in_groups(lambda step: [[step, i] for i in range(6)], 3)
     assert prompts(7) == [[7, 0]] * 3 + [[7, 3]] * 3
+
+
+def test_the_best_possible_by_hand():
+    """Two prompts, two responses each, of which the better one is worth 1 more."""
+    scores, beta = torch.tensor([[0.0, 1.0], [3.0, 2.0]]), 0.5
+    w = 1 / (1 + math.exp(-1 / beta))  # of the better one
+    weights, found = best_possible(scores, beta)
+    assert weights.flatten().tolist() == pytest.approx([1 - w, w, w, 1 - w])
+    kl = w * math.log(2 * w) + (1 - w) * math.log(2 * (1 - w))
+    expected = {"score": 1 + w, "kl": kl, "objective": 1 + w - beta * kl}
+    assert found == pytest.approx(expected)
+    # J* = beta log mean exp(R / beta) is the same number
+    by_prompt = (scores / beta).exp().mean(dim=1).log() * beta
+    assert found["objective"] == pytest.approx(by_prompt.mean().item(), abs=1e-6)
+    # A quarter of the way from the reference's mean score, 1.5, to that
+    way = 1.5 + (expected["objective"] - 1.5) / 4
+    gain = gain_in_objective(way + beta * 2.0, 2.0, scores, beta)
+    assert gain == pytest.approx({"objective": way, "share": 0.25})
+    assert gain_in_objective(2.0, 3.0, scores, 0.0) == {"objective": 2.0}
+    with pytest.raises(ValueError, match="above 0, got 0.0; without a price"):
+        best_possible(scores, 0.0)

@@ -23,17 +23,15 @@ from utils.data import load_tokenizer
 
 PAIR = {"prompt": "the film is", "chosen": " fine .", "rejected": " dull ."}
 TURNED = {**PAIR, "chosen": " dull .", "rejected": " fine ."}
-
-
-@pytest.mark.parametrize("chosen, rejected, says", [(800, 0, 0), (0, 800, 800)])
-def test_a_margin_of_any_size_stays_finite(chosen, rejected, says):
-    leaves = [t(float(x)).requires_grad_() for x in (chosen, rejected)]
-    loss, _ = bradley_terry_loss(*leaves)
-    loss.backward()
-    assert loss.item() == says and all(x.grad.isfinite().all() for x in leaves)
-
-
 ONE, TWO = t(-1.0), t(-1.0, -2.0)
+
+
+@pytest.mark.parametrize("chosen, rejected, loss", [(800, 0, 0), (0, 800, 800)])
+def test_a_margin_of_any_size_stays_finite(chosen, rejected, loss):
+    leaves = [t(float(x)).requires_grad_() for x in (chosen, rejected)]
+    found, _ = bradley_terry_loss(*leaves)
+    found.backward()
+    assert found.item() == loss and all(x.grad.isfinite().all() for x in leaves)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +44,8 @@ ONE, TWO = t(-1.0), t(-1.0, -2.0)
         (dpo_loss, [ONE] * 3 + [TWO], {}, "ref_rejected_logprobs"),
         (bradley_terry_loss, [TWO, ONE], {}, r"\(2,\).*\(1,\)"),
         (agreement_with_labeller, [TWO, ONE], {}, r"\(2,\).*\(1,\)"),
+        (split_by_prompt, [[PAIR] * 9, 0.1], {}, "a share of 0.1 of 1 prompts leaves"),
+        (append_pair, ["x", {**PAIR, "chosen": " dull ."}], {}, "same text as chosen"),
     ],
 )
 def test_wrong_options_and_shapes_are_named(function, arguments, options, says):
@@ -59,6 +59,8 @@ def path(tmp_path):
 
 
 def test_pairs_are_read_as_they_were_written(path):
+    with pytest.raises(FileNotFoundError, match="no file .*pairs.*label some first"):
+        read_pairs(path)
     second = {"prompt": "тот фильм", "chosen": " “good”\n.", "rejected": " bad ."}
     for pair in (PAIR, {**second, "by": "me"}):
         append_pair(path, pair)
@@ -101,13 +103,6 @@ def test_a_broken_line_is_named_and_the_others_are_read(path, line, says):
     assert fault.startswith(f"{two}, line 1 ") and says in fault
 
 
-def test_what_cannot_be_written_or_read_is_named(path):
-    with pytest.raises(ValueError, match="same text as chosen and as rejected"):
-        append_pair(path, {**PAIR, "chosen": PAIR["rejected"]})
-    with pytest.raises(FileNotFoundError, match="no file .*pairs.*label some first"):
-        read_pairs(path)
-
-
 def test_agreement_and_ceiling_by_hand():
     """Gaps -2, -1, 0 and 3; guessed right, wrong, left to a coin, and not at all."""
     utilities = t([0.0, 2.0], [0.0, 1.0], [1.0, 1.0], [3.0, 0.0])
@@ -125,18 +120,6 @@ def test_the_split_shares_no_prompt():
     assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
     assert sorted(p["n"] for p in train + test) == list(range(100))
     assert split_by_prompt(pairs, 0.25, seed=2)[1] != test
-    with pytest.raises(ValueError, match="a share of 0.01 of 20 prompts leaves"):
-        split_by_prompt(pairs, 0.01)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world):
-    return load_tokenizer(str(world / "model"))
-
-
-def test_a_pair_as_a_model_reads_it(tokenizer):
-    found = [tokenizer.decode(row) for row in pair_tokens(PAIR, tokenizer, 9)]
-    assert found == ["the film is", " fine .<|endoftext|>", " dull .<|endoftext|>"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +132,11 @@ def test_a_pair_as_a_model_reads_it(tokenizer):
         (("the plot", " is fine .", " is"), ""),
     ],
 )
-def test_a_pair_that_would_be_read_otherwise_is_named(tokenizer, texts, says):
-    found = pair_check(tokenizer, 20)(dict(zip(PAIR, texts, strict=True)))
+def test_a_pair_is_read_as_a_model_reads_it_or_named(world, texts, says):
+    tokenizer = load_tokenizer(str(world / "model"))
+    pair = dict(zip(PAIR, texts, strict=True))
+    found = pair_check(tokenizer, 20)(pair)
     assert says in found and bool(says) == bool(found)
+    if not found:
+        rows = [tokenizer.decode(row) for row in pair_tokens(pair, tokenizer, 20)]
+        assert rows == ["the plot", " is fine .<|endoftext|>", " is<|endoftext|>"]

@@ -1,6 +1,6 @@
 """Two processes that meet, and what happens to the second one.
 
-`python -m tests.processes_at_work WHAT` starts them; they print their numbers.
+`python -m tests.more.processes_at_work WHAT` starts them; they print their numbers.
 """
 
 import os
@@ -32,5 +32,6 @@ def work(what: str):
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        sys.exit(take_part(partial(work, sys.argv[1])))
-    launch(2, "tests.processes_at_work", sys.argv[1:])
+        take_part(partial(work, sys.argv[1]))
+    else:
+        launch(2, "tests.more.processes_at_work", sys.argv[1:])

@@ -5,17 +5,16 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 
+from more import processes
 from practice.cells import LOOP, import_cells
 from tests.conftest import needs_posix
 from tests.small import EOS, PROMPTS, SETTINGS, make_policy, score
 from utils.models import freeze
 from utils.rollout import evaluate_responses
-
-accelerate = pytest.importorskip("accelerate", reason="this needs accelerate")
-from more import processes  # noqa: E402
 
 ROWS = torch.tensor([7, 0, 3, 11, 20, 5, 14, 2, 9, 16, 1])  # eleven: not to be halved
 FAR = 14  # the row of which alone the policy has moved far, and PPO stops: one has it
