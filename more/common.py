@@ -1,4 +1,4 @@
-"""What several lessons of this folder share: notebook 3, statistics, files, people."""
+"""What several lessons of this folder share: notebook 3, statistics, files."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import torch
-from IPython import get_ipython
+from scipy.stats import t
 from torch import Tensor
 
 from practice.cells import LOOP, import_cells
@@ -64,8 +64,7 @@ def best_of_n(logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
 
 
 # 97.5 % of Student's t with n - 1 degrees of freedom lie below it, by n
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-T_975 |= {9: 2.306, 10: 2.262}
+T_975 = {n: t.ppf(0.975, n - 1) for n in range(2, 11)}
 
 
 def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,30 +92,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def somebody_is_there() -> bool:
-    """Whether a person sits before this notebook, and not a program that executes it.
-
-    Programs (nbclient, papermill) say with each cell that nobody can be asked anything.
-    """
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(getattr(kernel, "_allow_stdin", False))
-
-
-def check_group(name: str, group_size: int, known, settings):
+def check_group(name: str, group_size: int, settings):
     """ValueError if an estimator cannot be trained with groups of this size.
 
-    `known` are the names of the estimators there are. The responses of a group are
-    compared with each other, so a rollout must be made of whole groups; those without
-    comparison take a group of 1.
+    A rollout must be made of whole groups; and GRPO's mean over the responses of a
+    minibatch is no sum of the means over its pieces.
     """
     rollout, minibatch = settings.ppo_rollout_size, settings.ppo_minibatch_size
-    if name not in known:
-        raise ValueError(f"there is no estimator {name!r}; take {' or '.join(known)}")
-    if name not in ("REINFORCE", "PPO") and group_size < 2:
-        raise ValueError(
-            f"{name} compares responses to the same prompt, so a group must be 2 or "
-            f"more, got {group_size}"
-        )
     if group_size < 1 or rollout % group_size:
         raise ValueError(
             f"ppo_rollout_size ({rollout}) must be a multiple of the group, got "
@@ -143,16 +125,11 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
         objective = score - beta kl = beta log mean_i exp(R_i / beta)
 
     K responses show no KL above log K; where the estimate comes near that, take more.
-    Raises ValueError if beta is not above 0 or a prompt has fewer than two responses.
+    Raises ValueError if beta is not above 0.
     """
     if kl_coef <= 0:
         raise ValueError(
             f"kl_coef must be above 0, got {kl_coef}; without a price take best-of-n"
-        )
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(
-            f"scores must be (prompts, responses), two responses at least, got "
-            f"{tuple(scores.shape)}"
         )
     logs = (scores.double() / kl_coef).log_softmax(dim=1)
     weights = logs.exp()

@@ -5,14 +5,16 @@ it asks again. `labelling_box` shows that with buttons and keys in a notebook.
 """
 
 import html
-import json
 import math
+import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from more.preferences import append_line, append_pair, read_pairs
+import ipywidgets
+
+from more.preferences import append_pair, read_pairs
 
 KEYS = ("1", "2", "s", "u")  # the left one, the right one, skip, undo
 
@@ -38,27 +40,19 @@ def make_questions(
     """A question for each (prompt, one, other), the sides in random order.
 
     Every tenth (or `every`) question is an earlier one with its sides swapped, so that
-    a labeller's consistency and bias for a side can be measured. Raises ValueError if
-    two texts of a pair are the same, or if a pair comes twice.
+    a labeller's consistency and bias for a side can be measured. No pair may come
+    twice, nor be one text.
     """
-    rng, questions, open_to_repeat, known = random.Random(seed), [], [], set()
+    rng, questions, open_to_repeat = random.Random(seed), [], []
     for prompt, *texts in pairs:
         rng.shuffle(texts)
-        question = Question(prompt, *texts)
-        if question.left == question.right or question.key in known:
-            raise ValueError(
-                f"the pair of {question.left!r} and {question.right!r} for {prompt!r} "
-                "is one text, or comes twice; leave it out"
-            )
-        known.add(question.key)
-        questions.append(question)
-        open_to_repeat.append(question)
+        questions.append(Question(prompt, *texts))
+        open_to_repeat.append(questions[-1])
         if len(questions) % every == every - 1:
             some = open_to_repeat[:-1] or open_to_repeat  # not the one just asked
             first = some[rng.randrange(len(some))]
             open_to_repeat.remove(first)
-            swapped = Question(first.prompt, first.right, first.left, again=True)
-            questions.append(swapped)
+            questions.append(Question(first.prompt, first.right, first.left, True))
     return questions
 
 
@@ -75,10 +69,9 @@ class Labeller:
     """Asks its questions in order, and has each answer on disk before the next.
 
     Answers go to `path` as pairs (JSON Lines of prompt, chosen, rejected), those to
-    repeated questions to `<name>.again.jsonl`, and what was skipped to
-    `<name>.skipped.jsonl`. A new `Labeller` with the same questions and path goes on
-    where an earlier one stopped. `faults` says which lines of the files it could not
-    read.
+    repeated questions to `<name>.again.jsonl`, and what was skipped, the left text
+    first, to `<name>.skipped.jsonl`. A new `Labeller` with the same questions and path
+    goes on where an earlier one stopped. `faults` says which lines it could not read.
     """
 
     def __init__(self, questions: list[Question], path):
@@ -87,42 +80,32 @@ class Labeller:
             kind: path.with_name(f"{path.stem}{end}.jsonl")
             for kind, end in ends.items()
         }
-        self.questions, self.faults, self._next = questions, [], 0
-        found = self._read()
+        self.questions, self.faults, found = questions, [], {}
+        for kind, file in self.files.items():
+            pairs, faults = read_pairs(file) if file.exists() else ([], [])
+            self.faults += faults
+            for pair in pairs:
+                key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
+                # Who skips what he has answered skips it when it comes again
+                again = kind == "again" or kind == "skip" and (*key, False) in found
+                found[*key, again] = None if kind == "skip" else pair["chosen"]
         # By key: the text that was chosen, None for a skip
         self.answers = {q.key: found[q.key] for q in questions if q.key in found}
 
-    def _read(self) -> dict:
-        found = {}
-        for kind in ("pairs", "again"):
-            if self.files[kind].exists():
-                pairs, faults = read_pairs(self.files[kind])
-                self.faults += faults
-                for pair in pairs:
-                    texts = frozenset((pair["chosen"], pair["rejected"]))
-                    found[pair["prompt"], texts, kind == "again"] = pair["chosen"]
-        if self.files["skip"].exists():
-            for line in self.files["skip"].read_text("utf8").split("\n")[:-1]:
-                skipped = Question(**json.loads(line))
-                found.setdefault(skipped.key, None)
-        return found
+    def _is_open(self, question) -> bool:
+        """Whether it has no answer; what was skipped is not repeated."""
+        skipped = self.answers.get((*question.key[:2], False), "") is None
+        return question.key not in self.answers and not (question.again and skipped)
 
     @property
     def question(self) -> Question | None:
         """What to ask now; None when everything is answered."""
-        while self._next < len(self.questions):
-            question = self.questions[self._next]
-            # What was skipped is not repeated
-            skipped = self.answers.get((*question.key[:2], False), "") is None
-            if question.key not in self.answers and not (question.again and skipped):
-                return question
-            self._next += 1
-        return None
+        return next(filter(self._is_open, self.questions), None)
 
     @property
     def done(self) -> int:
         """How many questions are behind."""
-        return len(self.questions) if self.question is None else self._next
+        return (*self.questions, None).index(self.question)
 
     def answer(self, key: str):
         """Take an answer: 1 (left), 2 (right), s (skip) or u (undo the last one).
@@ -135,26 +118,22 @@ class Labeller:
             self._undo()
         elif (question := self.question) is None:
             raise ValueError(f"all {len(self.questions)} questions are answered")
-        elif key == "s":
-            append_line(self.files["skip"], vars(question))
-            self.answers[question.key] = None
         else:
-            texts = (question.left, question.right)
-            chosen, rejected = texts if key == "1" else texts[::-1]
+            chosen, rejected = question.left, question.right
+            if key == "2":
+                chosen, rejected = rejected, chosen
+            kind = "skip" if key == "s" else "again" if question.again else "pairs"
             pair = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-            append_pair(self.files["again" if question.again else "pairs"], pair)
-            self.answers[question.key] = chosen
+            append_pair(self.files[kind], pair)
+            self.answers[question.key] = None if key == "s" else chosen
 
     def _undo(self):
         if not self.answers:
             raise ValueError("there is no answer to undo; answer 1, 2 or s first")
-        key, chosen = self.answers.popitem()
-        kind = "skip" if chosen is None else "again" if key[2] else "pairs"
-        lines = self.files[kind].read_bytes().split(b"\n")[:-1]
-        kept = b"".join(line + b"\n" for line in lines[:-1])
-        with self.files[kind].open("r+b") as file:
-            file.truncate(len(kept))
-        self._next = [question.key for question in self.questions].index(key)
+        (*_, again), chosen = self.answers.popitem()
+        file = self.files["skip" if chosen is None else "again" if again else "pairs"]
+        before_the_last = file.read_bytes().rpartition(b"\n")[0].rfind(b"\n") + 1
+        os.truncate(file, before_the_last)
 
     def report(self) -> dict[str, float]:
         """How the labeller does, as figures.
@@ -191,57 +170,56 @@ def describe(report: dict[str, float]) -> str:
     return said
 
 
-def labelling_box(labeller: Labeller):
+def labelling_box(labeller: Labeller) -> ipywidgets.Widget:
     """A widget that puts the labeller's questions: two texts, buttons, keys, progress.
 
     With ipywidgets 7.7 or newer, which `jupyter` and Colab bring. For the keys, click
     into the field below the buttons; it takes 1, 2, s and u.
     """
-    import ipywidgets as widgets
-
-    wide, half = widgets.Layout(width="98%"), widgets.Layout(width="48%")
-    prompt, status = widgets.HTML(), widgets.HTML()
-    sides = [widgets.HTML(layout=half) for _ in range(2)]
-    bar = widgets.IntProgress(max=len(labeller.questions), layout=wide)
+    total, wide = len(labeller.questions), {"width": "98%"}
+    texts, status = ipywidgets.HTML(layout=wide), ipywidgets.HTML()
+    bar = ipywidgets.IntProgress(max=total, layout=wide)
     names = ("1: the left", "2: the right", "s: skip", "u: undo")
-    buttons = [widgets.Button(description=name) for name in names]
-    field = widgets.Text(placeholder="click here for the keys 1, 2, s, u")
+    buttons = [ipywidgets.Button(description=name) for name in names]
+    field = ipywidgets.Text(placeholder="click here for the keys 1, 2, s, u")
 
     def show(said=""):
-        question = labeller.question
-        asked = question or Question("", "", "")
-        for number, side in enumerate(sides, 1):
-            text = (asked.left, asked.right)[number - 1]
-            side.value = (
-                f"<div style='border:1px solid #8a8a8a;padding:8px;margin:4px'>"
-                f"<b>{number}</b><br>{html.escape(asked.prompt)}"
-                f"<b>{html.escape(text)}</b></div>"
+        if question := labeller.question:
+            asked = question.prompt, question.left, question.right
+            prompt, *sides = map(html.escape, asked)
+            cells = "".join(
+                '<td style="width:48%;border:1px solid #8a8a8a;padding:8px;'
+                f'text-align:left"><b>{n}</b><br>{prompt}<b>{side}</b></td>'
+                for n, side in enumerate(sides, start=1)
             )
-        begin = f"Which goes on better? <i>{html.escape(asked.prompt)} …</i>"
-        prompt.value = begin if question else "<b>All questions are answered.</b>"
+            texts.value = (
+                f"Which goes on better? <i>{prompt} …</i>"
+                f'<table style="width:100%"><tr>{cells}</tr></table>'
+            )
+        else:
+            texts.value = "<b>All questions are answered.</b>"
         bar.value = labeller.done
-        counted = f"{labeller.done} of {len(labeller.questions)}"
-        status.value = html.escape(said or f"{counted}: {describe(labeller.report())}")
+        so_far = f"{labeller.done} of {total}: {describe(labeller.report())}"
+        status.value = html.escape(said or so_far)
         for button in buttons[:3]:
             button.disabled = question is None
 
-    def take(key):
-        try:
-            labeller.answer(key)
-        except ValueError as error:
-            show(str(error))
-        else:
-            show()
+    def take(keys):
+        said = ""
+        for key in keys.strip().lower():
+            try:
+                labeller.answer(key)
+            except ValueError as error:
+                said = str(error)
+        show(said)
 
     def typed(change):
-        field.value = ""
-        for key in change["new"].strip().lower():
-            take(key)
+        if change["new"]:
+            field.value = ""
+            take(change["new"])
 
     for button, key in zip(buttons, KEYS, strict=True):
         button.on_click(lambda _, key=key: take(key))
-    field.observe(lambda change: change["new"] and typed(change), names="value")
+    field.observe(typed, names="value")
     show()
-    return widgets.VBox(
-        [prompt, widgets.HBox(sides), widgets.HBox(buttons), field, bar, status]
-    )
+    return ipywidgets.VBox([texts, ipywidgets.HBox(buttons), field, bar, status])

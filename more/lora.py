@@ -13,28 +13,26 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from utils.models import freeze, read_model
 from utils.ppo import token_logprobs
-from utils.rollout import in_pieces, response_logprobs
+from utils.rollout import in_pieces
 from utils.training import autocast
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in PEFT's file
-# Of PEFT's configuration: what is read, or says no more than the tensors do. A number
-# changes nothing without a switch; all else must be off, or as it is here
-READ = {"use_rslora", "task_type", "base_model_name_or_path", "revision"}
-READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-READ |= {"fan_in_fan_out", "inference_mode", "peft_version", "auto_mapping"}
-PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
-PLAIN |= {"megatron_core": "megatron.core"}
+# Of PEFT's configuration: what is read, says no more than the tensors do, or matters
+# in training only. All else must be as in its plain LoRA
+READ = {"r", "lora_alpha", "use_rslora", "lora_dropout", "task_type", "revision"}
+READ |= {"base_model_name_or_path", "target_modules", "exclude_modules", "peft_version"}
+READ |= {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode"}
+READ |= {"auto_mapping"}
 
 
 class Adapter(nn.Module):
@@ -106,7 +104,7 @@ def merged_weight(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tenso
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, which may hold its weight in 4 bits."""
+    """Inputs and outputs of a linear layer, be it `nn.Linear` or GPT-2's `Conv1D`."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape)
@@ -150,21 +148,19 @@ def add_adapter(
             f"an adapter cannot be called {name!r}; take a name without dots that is "
             f"none of {adapter_names(model)}"
         )
-    layers = chosen = linear_layers(model)
-    if targets is not None:
-        ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}
-        if unknown := [target for target, found in ends.items() if not found]:
-            known = sorted({layer.rpartition(".")[2] for layer in layers})
-            raise ValueError(
-                f"no layer is called {unknown[0]!r}; take targets from "
-                f"{', '.join(known)}"
-            )
-        chosen = {x: layers[x] for found in ends.values() for x in found}
+    layers = linear_layers(model)
+    targets = layers if targets is None else targets
+    ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}
+    if unknown := [target for target, found in ends.items() if not found]:
+        known = sorted({layer.rpartition(".")[2] for layer in layers})
+        raise ValueError(
+            f"no layer is called {unknown[0]!r}; take targets from {', '.join(known)}"
+        )
     for key, weight in model.named_parameters():
         if ".adapters." not in key:
             weight.requires_grad_(False)
-    for path, base in chosen.items():
-        place = model.get_submodule(path)
+    for path in {path: None for found in ends.values() for path in found}:
+        place, base = model.get_submodule(path), layers[path]
         if not isinstance(place, AdaptedLayer):
             place = AdaptedLayer(place)
             model.set_submodule(path, place)
@@ -179,11 +175,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for one in _adapted(model).values() for name in one.adapters})
 
 
-def _check_known(model, name):
+def _layers_with(model, name) -> dict[str, AdaptedLayer]:
+    """The layers that have this adapter; ValueError if there are none."""
     if name not in (known := adapter_names(model)):
         raise ValueError(
             f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}"
         )
+    return {k: layer for k, layer in _adapted(model).items() if name in layer.adapters}
 
 
 def switch(model: nn.Module, name: str | None):
@@ -191,10 +189,9 @@ def switch(model: nn.Module, name: str | None):
 
     Raises ValueError if the model has no adapter of this name.
     """
-    if name is not None:
-        _check_known(model, name)
-    for layer in _adapted(model).values():
-        layer.on = name if name in layer.adapters else None
+    chosen = {} if name is None else _layers_with(model, name)
+    for path, layer in _adapted(model).items():
+        layer.on = name if path in chosen else None
 
 
 @contextmanager
@@ -221,7 +218,7 @@ def sharing(model: nn.Module, name: str | None) -> nn.Module:
     Raises ValueError if the model has no adapter of this name.
     """
     if name is not None:
-        _check_known(model, name)
+        _layers_with(model, name)
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for path, layer in _adapted(twin).items():
@@ -261,42 +258,32 @@ def adapter_checks(policy, reference, reward_model, rollout, settings) -> list:
     """What PPO takes for granted of a policy that is an adapter, for `check_all`.
 
     Pairs of a sentence and whether it is so. `rollout` is a first one of the untrained
-    policy.
+    policy, whose fresh adapter is nothing yet: a reference that is not the base shows
+    as a KL.
     """
-    size, models = settings.ppo_micro_batch_size, (policy, reference, reward_model)
+    models = policy, reference, reward_model
     on, judges_on = (
         {layer.on for layer in _adapted(model).values()} - {None}
         for model in (policy.lm, reward_model.trunk)
     )
-    trained = [name for name, p in policy.lm.named_parameters() if p.requires_grad]
-    trained = {f".{x}".partition(".adapters.")[2].split(".")[0] for x in trained}
+    trained = [f".{k}" for k, p in policy.lm.named_parameters() if p.requires_grad]
+    trained = {key.partition(".adapters.")[2].split(".")[0] for key in trained}
     base = {p.data_ptr() for p in policy.lm.parameters()}
     own = judges_on or not any(p.data_ptr() in base for p in reward_model.parameters())
-
-    def read(lm):
-        def logprobs(*texts):
-            return response_logprobs(lm, *texts, settings.temperature)
-
-        return in_pieces(logprobs, size, *rollout.texts)
-
+    texts = rollout.input_ids, rollout.attention_mask
     with autocast(settings, rollout.mask.device):
-        with using(policy.lm, None):
-            same = torch.equal(read(policy.lm), read(reference))
-        texts = rollout.input_ids, rollout.attention_mask
-        again = in_pieces(reward_model, size, *texts)
+        again = in_pieces(reward_model, settings.ppo_micro_batch_size, *texts)
     # Another adapter changes a logit far more than half precision does
     off = (again - rollout.raw_scores).abs().max() / again.abs().max().clamp(min=1)
-    scored = bool(own) and off.item() <= 1e-2
-    no_kl = torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
     training = any(part.training for model in models for part in model.modules())
     loose = any(p.requires_grad for model in models[1:] for p in model.parameters())
+    no_kl = torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
     return [
         ("dropout is off in all models", not training),
         ("reference and reward model hold nothing that is trained", not loose),
         ("of the policy one adapter is trained, which is on", trained == on != set()),
-        ("the reference is the base, exactly", same),
-        ("the KL to the reference is 0, exactly", no_kl),
-        ("scores are read under the reward model's own adapter", scored),
+        ("the KL to the reference, which is the base, is 0, exactly", no_kl),
+        ("scores are read under the reward model's own adapter", own and off <= 1e-2),
     ]
 
 
@@ -305,17 +292,9 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     """Put an adapter into the weights, W + s B A, and take it away; returns the model.
 
     Without any adapter left, the layers are plain ones again, and all weights can be
-    trained. Raises ValueError if there is no adapter of this name, or if a layer holds
-    its weights in 4 bits.
+    trained. Raises ValueError if there is no adapter of this name.
     """
-    _check_known(model, name)
-    layers = {k: v for k, v in _adapted(model).items() if name in v.adapters}
-    for path, layer in layers.items():
-        if not layer.base.weight.is_floating_point():
-            raise ValueError(
-                f"{path} holds its weights in 4 bits, which cannot take up {name!r}; "
-                "merge it into the model they were rounded from"
-            )
+    layers = _layers_with(model, name)
     for path, layer in layers.items():
         adapter = layer.adapters.pop(name)
         matrices, alpha = adapter.parameters(), adapter.scale * adapter.rank
@@ -333,63 +312,44 @@ def save_adapter(model: nn.Module, name: str, folder):
 
     Raises ValueError if there is no adapter of this name.
     """
-    _check_known(model, name)
-    layers = {k: v for k, v in _adapted(model).items() if name in v.adapters}
+    layers = _layers_with(model, name)
+    one = next(iter(layers.values()))
+    LoraConfig(
+        r=one.adapters[name].rank,
+        lora_alpha=one.adapters[name].scale * one.adapters[name].rank,
+        target_modules=list(layers),
+        fan_in_fan_out=_stores_transposed(one.base),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config._name_or_path,
+    ).save_pretrained(folder)
     tensors = {
         f"{PREFIX}{path}.{part}": weight.detach().cpu().contiguous()
         for path, layer in layers.items()
         for part, weight in layer.adapters[name].named_parameters()
     }
-    one = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config._name_or_path,
-        "r": one.adapters[name].rank,
-        "lora_alpha": one.adapters[name].scale * one.adapters[name].rank,
-        "target_modules": sorted(layers),
-        "fan_in_fan_out": _stores_transposed(one.base),
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf8")
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
     """Add an adapter from files of PEFT; it is on. Returns the model.
 
-    Raises FileNotFoundError if they are not there, and ValueError if the adapter has
-    parts that are not read here, or belongs to layers or sizes that this model does not
-    have.
+    Raises FileNotFoundError if they are not there, and ValueError if the adapter is
+    not PEFT's plain LoRA, or belongs to layers or sizes that this model does not have.
     """
-    folder = Path(folder)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder} has no {file}; save an adapter there")
-    config = json.loads((folder / CONFIG).read_text("utf8"))
-    tensors, layers = load_file(folder / WEIGHTS), linear_layers(model)
-    rank, alpha, shapes = config["r"], config["lora_alpha"], {}
-    if config.get("use_rslora"):  # s = alpha / sqrt(r): arXiv 2312.03732
-        alpha *= math.sqrt(rank)
-    for path, layer in layers.items():
-        size_in, size_out = sizes(layer)
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, size_in)
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = (size_out, rank)
-    unread = {
-        part: value
-        for part, value in config.items()
-        if (value is True or value and not isinstance(value, int | float))
-        and part not in READ
-        and value != PLAIN.get(part)
-    }
-    unread |= {
-        x: "a tensor" for x in tensors if not x.endswith(("A.weight", "B.weight"))
-    }
-    if unread:
+    config = json.loads((Path(folder) / CONFIG).read_text("utf8"))
+    tensors, plain = load_file(Path(folder) / WEIGHTS), LoraConfig().to_dict()
+    own = {k: x for k, x in config.items() if x and k not in READ}
+    if unread := {k: x for k, x in own.items() if x != plain.get(k)}:
         raise ValueError(
             f"{folder} has parts that are not read here, {unread}; merge it with PEFT"
         )
+    rank, alpha, shapes = config["r"], config["lora_alpha"], {}
+    if config.get("use_rslora"):  # s = alpha / sqrt(r): arXiv 2312.03732
+        alpha *= math.sqrt(rank)
+    for path, layer in linear_layers(model).items():
+        size_in, size_out = sizes(layer)
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, size_in)
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = (size_out, rank)
     for key, tensor in tensors.items():
         if (shape := tuple(tensor.shape)) != shapes.get(key):
             raise ValueError(
@@ -398,44 +358,12 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
             )
     targets = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
     add_adapter(model, name, rank, alpha, sorted(targets))
-    with torch.no_grad():
-        for path in targets:
-            for part, weight in _adapted(model)[path].adapters[name].named_parameters():
-                weight.copy_(tensors[f"{PREFIX}{path}.{part}"])
-    return model
-
-
-def load_in_4_bits(name: str) -> nn.Module:
-    """The language model `name` on the CPU, frozen, its linear layers in NF4.
-
-    Doubly quantised, by the library bitsandbytes; the rest is in float32, and so is
-    what is computed. Raises ImportError if it is not installed, and ValueError for a
-    layer whose inputs are no whole blocks of 64 (bitsandbytes 0.50 unpacks their
-    weights wrongly on a CPU).
-    """
-    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
-        raise ImportError(
-            "for 4 bits: pip install bitsandbytes accelerate (CPUs will do)"
+    for path in targets:
+        parts = model.get_submodule(path).adapters[name]
+        parts.load_state_dict(
+            {part: tensors[f"{PREFIX}{path}.{part}"] for part in parts.state_dict()}
         )
-    rounding = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    options = {"quantization_config": rounding, "device_map": "cpu"}
-    lm = read_model(AutoModelForCausalLM, name, **options)
-    for path, layer in lm.named_modules():
-        if type(layer).__name__ == "Linear4bit":
-            if layer.in_features % 64:
-                raise ValueError(
-                    f"{path} of {name!r} has {layer.in_features} inputs, which are no "
-                    "whole blocks of 64; take another model, or float32"
-                )
-            # Else the first pass without gradients, such as a rollout, packs its weight
-            # for a product of other precision, which has no backward pass
-            layer.support_avx512bf16_for_cpu = False
-    return freeze(lm)
+    return model
 
 
 def nf4_levels() -> Tensor:

@@ -19,47 +19,16 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 BITS = {"float32": 32, "16 bits": 16, "NF4": NF4_BITS}
 
 
-def activation_memory(config, settings, adapters: int = 0, width: int = 4) -> float:
-    """Bytes that PPO needs beside weights, gradients and optimiser, at the worst.
-
-    That is the most of three moments: when a rollout is sampled, when its texts are
-    scored all together, and in the update of a micro-batch. `adapters` is the sum of
-    the ranks of those that are on, 0 in full fine-tuning, where the vocabulary's
-    gradient is added to the one that is there; `width` is the bytes of a state.
-    """
-    size, layers = config.hidden_size, config.num_hidden_layers
-    tokens = settings.prompt_max_tokens + settings.max_new_tokens
-    texts, rows = settings.ppo_rollout_size, settings.ppo_micro_batch_size
-    vocabulary = 4 * config.vocab_size
-    heads = getattr(config, "num_attention_heads", 1)
-    keys = size * (getattr(config, "num_key_value_heads", None) or heads) // heads
-    # What a layer keeps of a token for the backward pass, counted with autograd, and
-    # what it holds at once where it keeps nothing. Llama's inner layer has a gate, and
-    # an adapter's output stands beside the layer's until they are added
-    if gated := getattr(config, "intermediate_size", 0):
-        kept = (8 if adapters else 10) * size + 4 * gated + 8
-        at_once = (4 if adapters else 3) * gated + 4 * size
-    else:
-        kept, at_once = 16 * size + 8, (18 if adapters else 14) * size
-    sampling = texts * (tokens * layers * 2 * keys * width + 3 * vocabulary)
-    scoring = texts * tokens * at_once * width
-    update = rows * tokens * (layers * kept + adapters + 4 * size) * width
-    update += (rows * settings.max_new_tokens + (0 if adapters else size)) * vocabulary
-    return max(sampling, scoring, update)
-
-
 def layout_memory(
-    lm: nn.Module, settings, layout: int, rank: int = 16, precision: str = "float32"
+    lm: nn.Module, layout: int, rank: int = 16, precision: str = "float32"
 ) -> dict[str, float]:
-    """Bytes of weights, gradients, optimiser and activations, at the peak.
-
-    Worked out; peaks that were measured are within 15 % (`python -m tools.peaks`).
+    """Bytes of weights, gradients and optimiser: what lasts through PPO's training.
 
     `lm` is a language model, which may lie on the device "meta", where it takes no
     memory itself. `precision` is that of frozen weights: "float32", "16 bits" or "NF4"
     (the linear layers; the rest in 16 bits). What is trained has 4 bytes, and so have
-    its gradient and AdamW's two moments; activations have 2 below float32. Raises
-    ValueError for a layout or a precision that there is not.
+    its gradient and AdamW's two moments. Raises ValueError for a layout or a precision
+    that there is not.
     """
     if layout not in LAYOUTS or precision not in BITS:
         raise ValueError(
@@ -70,9 +39,9 @@ def layout_memory(
     layers, head = linear_layers(lm).values(), lm.config.hidden_size + 1
     linear = sum(layer.weight.numel() for layer in layers)
     adapter = rank * sum(sum(sizes(layer)) for layer in layers)
-    rest = 2 if BITS[precision] < 32 else 4
 
     def frozen(numbers):
+        rest = 2 if BITS[precision] < 32 else 4
         return linear * BITS[precision] / 8 + (numbers - linear) * rest
 
     if layout == 0:
@@ -81,12 +50,10 @@ def layout_memory(
     else:
         trained, adapters = adapter + head, adapter if layout == 3 else 2 * adapter
         weights = frozen(whole) + (0 if layout == 2 else frozen(trunk))
-    ranks = rank * len(layers) if layout else 0
     return {
         "weights": weights + 4 * (adapters + 2 * head),
         "gradients": 4.0 * trained,
         "optimiser": 8.0 * trained,
-        "activations": activation_memory(lm.config, settings, ranks, rest),
     }
 
 

@@ -112,26 +112,18 @@ def dpo_loss(
 
 
 def append_pair(path, pair: dict[str, str]):
-    """Add a pair to a file with `append_line`.
+    """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
-    Raises ValueError if it lacks a text, or if nothing was preferred.
+    A last line that a kill has cut off is taken away first. Raises ValueError if the
+    pair lacks a text, or if nothing was preferred.
     """
     if fault := _fault(pair):
         raise ValueError(f"this pair {fault}: {pair}")
-    append_line(path, {name: pair[name] for name in FIELDS})
-
-
-def append_line(path, thing: dict):
-    """Add an object to a file of JSON Lines, so that it is on disk when this returns.
-
-    A last line that a kill has cut off is taken away first.
-    """
-    path, line = Path(path), json.dumps(thing, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("ab+") as file:
         file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0] + whole[1]))
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -2,7 +2,8 @@
 
 The loop is notebook 3's. A process samples its share of the prompts and works out its
 share of each minibatch; rollout, gradient and whatever decides something are those of
-all. accelerate starts the processes, ends them together, carries what they say.
+all. torchrun starts the processes and ends them together; accelerate carries what
+they say.
 
 The gradient of a mean over all tokens is the sum over the processes of (their tokens /
 all tokens) times the gradient of their own mean: weighed alike, a process with few
@@ -12,19 +13,16 @@ tokens would count too much. Li et al. 2020, "PyTorch Distributed" (arXiv 2006.1
 import argparse
 import contextlib
 import ctypes
-import logging
 import os
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import gather, reduce
 from accelerate.utils import pad_across_processes as pad
-from torch.distributed.elastic.multiprocessing import api, errors
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from more.common import SERIES
@@ -103,11 +101,10 @@ def train_together(settings):
     checkpoint.path = settings.folder / "ppo_processes.pt"
     with state.main_process_first():  # it renames one of another run
         checkpoint.restore()
-    tracker = runs.start_tracker(settings) if state.is_main_process else None
+    log = runs.start_tracker(settings) if state.is_main_process else None
 
     def pause(step):
-        if tracker:
-            tracker.log(run.history[-1], step=step)
+        log(run.history[-1], step)
         checkpoint.save()
 
     three.train(run, *given, *how, pause if state.is_main_process else None, collect)
@@ -136,47 +133,26 @@ def check(n: int, settings):
         )
 
 
-def take_part(work) -> int:
-    """Do the work as one of several processes; 1, and word of the error, if it fails.
-
-    An error that only says that another process is gone waits for its own end.
-    """
+def take_part(work):
+    """Do the work as one of several processes; torchrun hears why, if it fails."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # the kernel kills it when accelerate is no more
-    try:
-        work()
-    except (Exception, KeyboardInterrupt) as error:
-        if "by peer" in str(error):  # "Connection closed by peer", for example
-            time.sleep(20)  # accelerate notices who was first, and ends this one
-        errors.get_error_handler().record_exception(error)
-        return 1
-    return 0
+        ctypes.CDLL(None).prctl(1, 9)  # the kernel kills it when torchrun is no more
+    return record(work)()
 
 
 def launch(n: int, module: str, arguments: list[str]):
-    """Run `python -m module` with these arguments in n processes of this machine.
+    """Become torchrun, and run `python -m module` in n processes of this machine.
 
-    Exits with 1 and a sentence that says which of them failed first, if one does.
+    If one of them fails, all are ended, and it says which was the first, and why.
     """
-    logging.disable()  # elastic's account of what is said in a sentence below
     # Threads of several processes that spin on the same cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
-    words = f"--multi_gpu --num_processes {n} --main_process_port 0 --module {module}"
-    options = launch_command_parser().parse_args([*words.split(), *arguments])
-    options.local_ranks_filter = "0"  # torchrun's: the first one alone prints
-    try:
-        return launch_command(options)
-    except errors.ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        why = failure.message  # a dictionary, if `take_part` wrote it
-        why = (why["message"] if isinstance(why, dict) else why).partition("\n")[0]
-        said = f"process {rank} of {n} failed, so all were ended: {why}"
-    except (api.SignalException, KeyboardInterrupt):
-        said = f"interrupted; all {n} processes were ended"
-    sys.exit(f"\n{said}\nRun the same command again; what was saved is whole.")
+    words = f"-m torch.distributed.run --standalone --nproc-per-node {n}"
+    words += f" --local-ranks-filter 0 -m {module}"  # the first one alone prints
+    os.execv(sys.executable, [sys.executable, *words.split(), *arguments])
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]):
     """Start the processes; or be one of them, if they have been started."""
     parser = argparse.ArgumentParser(
         "python -m more.processes", epilog="--preset, --set: those of python -m utils"
@@ -196,4 +172,4 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -7,7 +7,6 @@ call the same functions.
 """
 
 import html
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class Talk:
             fault = "is empty; write the first words of a review, such as 'the film is'"
         elif eos in prompt:
             fault = f"holds {eos!r}, which ends a text; take it out"
-        elif any(unicodedata.category(letter) == "Cs" for letter in prompt):
+        elif any("\ud800" <= letter <= "\udfff" for letter in prompt):
             fault = "holds half a character (a lone surrogate); take it out"
         else:
             (ids,) = encode([prompt], self.tokenizer)
@@ -185,22 +184,11 @@ def token_texts(tokenizer, prompt: list[int], response: list[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The text with signs in the place of what would not be seen, or would mislead.
+    """The text with the numbers of characters that would not be seen, or mislead.
 
-    Control characters get their pictures (␀), others of no width, such as those that
-    turn the direction of writing, their number (⟨U+202E⟩).
+    Those that turn the direction of writing, for example, become ⟨U+202E⟩.
     """
-    return "".join(map(_visible, text))
-
-
-def _visible(letter):
-    kind = unicodedata.category(letter)
-    if kind == "Cc" and ord(letter) < 32:
-        return chr(0x2400 + ord(letter))
-    joins = letter in "\u200c\u200d"  # parts of letters, and of emojis
-    if kind in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joins:
-        return f"⟨U+{ord(letter):04X}⟩"
-    return letter
+    return "".join(x if x.isprintable() else f"⟨U+{ord(x):04X}⟩" for x in text)
 
 
 def shaded_html(pieces: list[str], log_ratios: list[float]) -> str:
@@ -229,10 +217,6 @@ def shaded_text(pieces: list[str], log_ratios: list[float]) -> str:
 
 
 def _shown(pieces, log_ratios):
-    if len(pieces) != len(log_ratios):
-        raise ValueError(
-            f"{len(pieces)} tokens need as many log-ratios, got {len(log_ratios)}"
-        )
     shown = (f" {EOS}" if piece == EOS else visible(piece) for piece in pieces)
     return zip(shown, log_ratios, strict=True)
 

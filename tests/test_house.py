@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT, code_cells, python
 from utils.runs import NOTEBOOKS
 
-ROOMS = ("utils", "practice", "more", "tools", "benchmarks", "exercises")
+ROOMS = ("utils", "practice", "more", "workshop", "exercises")
 
 
 def test_the_contracts_are_kept():
@@ -21,8 +21,8 @@ def test_the_contracts_are_kept():
 @pytest.mark.parametrize("number", "123")
 def test_the_series_knows_nothing_of_what_stands_above_it(number):
     """Neither a lesson further on, nor a measurement, nor several processes."""
-    above = r"(from|import) (more|tools|benchmarks|exercises)\b"
-    above += r"|\b(more|tools|benchmarks)[./]\w|accelerate|\bprocess|\branks?\b"
+    above = r"(from|import) (more|exercises|workshop)\b"
+    above += r"|\b(more|workshop)[./]\w|accelerate|\bprocess|\branks?\b"
     for id, cell in code_cells(NOTEBOOKS[number]).items():
         assert not re.search(above, cell.source), id
 

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-# Before torch is imported: threads that wait for work would keep busy the cores that
-# other processes of this machine need
+# Set before torch is imported: by default its idle threads spin, on cores that other
+# processes of the machine need
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# What is imported stays as its file was now, whatever is edited later
+# The files as they are imported; an edit from now on does not reach this process
 _AT_IMPORT = {file: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
 
 

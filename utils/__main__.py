@@ -26,8 +26,8 @@ class Client(NotebookClient):
     def process_message(self, msg, cell, cell_index):
         """Move the bar to the cell, and show the last line that it printed."""
         self.bar.update(cell_index - self.bar.n)
-        if said := msg["content"].get("text", "").replace("\r", "\n").split():
-            self.bar.set_postfix_str(" ".join(said[-9:])[-60:])
+        if words := msg["content"].get("text", "").split():
+            self.bar.set_postfix_str(" ".join(words[-9:])[-60:])
         return super().process_message(msg, cell, cell_index)
 
 
@@ -38,7 +38,7 @@ def execute(notebook, copy: Path):
         record_timing=False,
         coalesce_streams=True,
         store_widget_state=False,
-        # Newer ones warn that what they say to this machine is not encrypted
+        # Newer kernels warn that their ports on this machine are not encrypted
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(ROOT)}},
     )
@@ -47,7 +47,7 @@ def execute(notebook, copy: Path):
     client.create_kernel_manager().kernel_spec_manager = specs
     with tqdm(total=len(notebook.cells), desc=copy.name, unit="cell") as client.bar:
         try:
-            # The older kernel that Colab has warns of Python's own modules without it
+            # Without it the older kernel that Colab has warns of Python's own modules
             client.execute(env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
             client.bar.update(client.bar.total - client.bar.n)
         except (AssertionError, AttributeError, InvalidStateError) as error:
@@ -63,11 +63,11 @@ def with_parameters(file: Path, preset: str | None, changes: dict) -> tuple:
 
     What the cell says already stays where the command says nothing.
     """
-    notebook, said = nbformat.read(file, as_version=4), {}
+    notebook, parameters = nbformat.read(file, as_version=4), {}
     cell = next(cell for cell in notebook.cells if cell.id == "parameters")
-    exec(cell.source, said)
-    preset = preset or said["PRESET"] or "tiny"
-    changes = said["CHANGES"] | changes
+    exec(cell.source, parameters)
+    preset = preset or parameters["PRESET"] or "tiny"
+    changes = parameters["CHANGES"] | changes
     cell.source += f"\nPRESET, CHANGES = {preset!r}, {changes!r}"
     return notebook, load_settings(preset, changes)
 
@@ -98,15 +98,15 @@ def parse(argv=None) -> tuple[dict, bool]:
     return made, options.save_outputs
 
 
-def main(argv=None) -> int:
-    """Run what the command line asks for; 1 if a cell failed or was cut off."""
+def main(argv=None):
+    """Run what the command line asks for; SystemExit says which cell failed."""
     made, save_outputs = parse(argv)
     before, after = {}, {}
     for file, (notebook, settings) in made.items():
         try:
             execute(notebook, ROOT / settings.folder / file.name)
         except (CellExecutionError, DeadKernelError, KeyboardInterrupt) as error:
-            # An older kernel ends its cell first
+            # An older kernel lets the cell fail before it ends
             if getattr(error, "ename", "KeyboardInterrupt") != "KeyboardInterrupt":
                 sys.exit(f"\n{file.name} failed. The cell and its error:\n\n{error}")
             sys.exit(
@@ -130,4 +130,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,13 +15,13 @@ from transformers import AutoTokenizer
 
 from practice import own_data
 
-REMEDIES = {  # by what an error and its causes are called, and the innermost says
+REMEDIES = {  # by words in the classes of an error and its causes, or in the first's
     r"PermissionError": "ask its owner for the permission",
     r"No space": "make room",
     r"vailable configs|BuilderConfig": "name one of these with dataset_config",
 }
 OF_A_FILE = {r"": "make it anew, or name another"}
-OF_THE_HUB = {  # likewise
+OF_THE_HUB = {
     r"GatedRepo|gated dataset|'403": "accept its terms on the hub, and set HF_TOKEN",
     r"'401": "correct the name; if it is private, set or renew HF_TOKEN",
     r"certificate|CERTIFICATE": "name your company's certificate in SSL_CERT_FILE",
@@ -51,8 +51,8 @@ def innermost(error: BaseException) -> str:
 def loading(what: str, name):
     """Turn what a library raises while it loads `name` into an OSError of one sentence.
 
-    Of a hub that cannot be reached, what is in the cache is loaded: the libraries would
-    ask it again for minutes.
+    If the hub does not answer, the libraries are told that they are offline, so that
+    they take what is in the cache: they would ask again for minutes.
     """
     name, refused, offline = str(name), None, constants.HF_HUB_OFFLINE
     here = os.path.exists(name)
@@ -66,8 +66,7 @@ def loading(what: str, name):
                 kind = "dataset" if what == "data set" else "model"
                 repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             except Exception as error:
-                refused = error
-                # A hub that answers is asked again by the libraries, a few times
+                refused = error  # by a hub that answers, or there is none
                 constants.HF_HUB_OFFLINE = "HTTPStatus" not in innermost(error)
         yield
     except Exception as error:
@@ -119,7 +118,7 @@ def clean(sentence: str) -> str:
 
 
 def tokens_in_front(tokenizer) -> list[int]:
-    """What a tokenizer puts before every text: a BOS, or (as GPT-2's) nothing."""
+    """The tokens that a tokenizer puts before every text: a BOS, or none (GPT-2)."""
     ids = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     fits = (n for n in range(len(ids)) if ids[n : n + len(bare)] == bare)
@@ -129,7 +128,7 @@ def tokens_in_front(tokenizer) -> list[int]:
 def encode(texts: list[str], tokenizer) -> list[list[int]]:
     """Token ids of each text with what the tokenizer puts in front, and no EOS behind.
 
-    Some tokenizers would put one there; a prompt must have none.
+    Some tokenizers would close the text with EOS, but a prompt goes on.
     """
     front = tokens_in_front(tokenizer)
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -139,8 +138,8 @@ def encode(texts: list[str], tokenizer) -> list[list[int]]:
 def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]]:
     """Token ids of each cleaned sentence, ending in EOS, at most max_tokens long.
 
-    They begin as the tokenizer begins every text, be it with EOS. Raises ValueError if
-    a sentence holds EOS already: a text would end in its middle.
+    What the tokenizer puts in front may be EOS, too. Raises ValueError if a sentence
+    holds EOS already: a text would end in its middle.
     """
     rows = encode([clean(sentence) for sentence in sentences], tokenizer)
     front = len(tokens_in_front(tokenizer))
@@ -154,10 +153,7 @@ def tokenize(sentences: list[str], tokenizer, max_tokens: int) -> list[list[int]
 
 
 def pad(rows: list[list[int]], pad_id: int, side="right") -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one tensor (B, L), and the mask (B, L): 1 on real tokens.
-
-    Raises RuntimeError if the side is not left or right.
-    """
+    """Rows of token ids as one tensor (B, L), and the mask (B, L): 1 on real tokens."""
     texts = [torch.tensor(row) for row in rows]
     ones = [torch.ones_like(text) for text in texts]
     options = {"batch_first": True, "padding_side": side}
@@ -196,10 +192,9 @@ def make_prompts(
 ) -> list[list[int]]:
     """The first few tokens of each long enough sentence, shuffled.
 
-    A sentence counts if it has two words more than a prompt has tokens at most, and
-    does not stand in `exclude`. A prompt has two to `prompt_max_tokens` tokens, and
-    before them what the tokenizer puts in front of every text. Raises ValueError if
-    none is left.
+    A prompt has two to `prompt_max_tokens` tokens, and before them what the tokenizer
+    puts in front of every text. It is taken from sentences of at least two words more
+    than that which do not stand in `exclude`. Raises ValueError if none is left.
     """
     rng, longest = random.Random(seed), settings.prompt_max_tokens
     unique = dict.fromkeys(clean(sentence) for sentence in sentences)
@@ -210,5 +205,11 @@ def make_prompts(
             "prompt_max_tokens"
         )
     rng.shuffle(long)
-    front = len(tokens_in_front(tokenizer))
-    return [row[: front + rng.randint(2, longest)] for row in encode(long, tokenizer)]
+    front, prompts = len(tokens_in_front(tokenizer)), []
+    for row in encode(long, tokenizer):
+        prompt = row[: front + rng.randint(2, longest)]
+        # Some letters (é, 好) are several tokens, of which the last may be cut off
+        while tokenizer.decode(prompt[front:][-4:]).endswith("\ufffd"):
+            prompt.pop()
+        prompts += [prompt] if len(prompt) > front else []
+    return prompts

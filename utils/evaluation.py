@@ -35,10 +35,10 @@ FIGURES = {
 
 
 def train_judge(sentences, labels, tokenizer, seed: int, epochs: int = 3):
-    """A sentiment classifier that shares nothing with the reward model.
+    """A sentiment classifier that shares no weight with the reward model.
 
-    The mean of an embedding per token, and a linear layer. Returns a function from a
-    list of texts to a list of bools, True for positive.
+    It is the mean of an embedding per token, and a linear layer. Returns a function
+    from a list of texts to a list of bools, True for positive.
     """
     torch.manual_seed(seed)
     bag, linear = nn.EmbeddingBag(len(tokenizer), 32), nn.Linear(32, 1)
@@ -51,7 +51,7 @@ def train_judge(sentences, labels, tokenizer, seed: int, epochs: int = 3):
         return linear(bag(tokens, starts)).squeeze(-1)
 
     def encode(texts):
-        # What a policy writes may spell EOS in other tokens
+        # A policy may spell the letters of EOS, which `tokenize` refuses
         texts = [text.replace(tokenizer.eos_token, "") for text in texts]
         return tokenize(texts, tokenizer, max_tokens=1000)
 
@@ -84,8 +84,8 @@ def measure_rollouts(
     `judges` maps the name of a figure to a function from texts to bools. Returns
     figures by the names of FIGURES, and for each response a row with `prompt`,
     `response`, `raw` (the reward model's logit), `reward` (2 sigmoid(raw) - 1), `ended`
-    (with EOS), `kl` (summed k1, nats), `score` (normalised), `ref` (summed, nats),
-    `tokens` (of the response) and `text`.
+    (with EOS), `kl` (summed k1, nats), `score` (normalised), `ref` (its log-probability
+    under the reference, nats), `tokens` (of the response) and `text`.
     """
     rows, eos_id = [], tokenizer.eos_token_id
     for rollout in rollouts:
@@ -93,7 +93,7 @@ def measure_rollouts(
             "raw": rollout.raw_scores,
             "reward": squash(rollout.raw_scores),
             "score": rollout.scores,
-            "ended": has_ended(rollout.input_ids, rollout.mask, eos_id).double(),
+            "ended": has_ended(rollout.input_ids, rollout.mask, eos_id).float(),
             "kl": (rollout.old_logprobs - rollout.ref_logprobs).sum(dim=1),
             "ref": rollout.ref_logprobs.sum(dim=1),
         }
@@ -122,8 +122,8 @@ def measure_rollouts(
 def expected(settings) -> dict[str, list[float]]:
     """Mean and standard deviation of each figure after training, over ten seeds.
 
-    Of the tiny preset on a CPU, as `python -m tools.expected` measured them; empty with
-    other settings, or where there is a GPU.
+    They hold for the tiny preset on a CPU; `python -m workshop.measure expected` has
+    measured them. With other settings, or where there is a GPU, nothing is known.
     """
     other = settings.changes.keys() - {"seed", "runs_dir", "log_to", "train_anyway"}
     if other or settings.preset != "tiny" or torch.cuda.is_available():
@@ -141,13 +141,13 @@ def figures_table(before: dict, after: dict, expected: dict | None = None) -> st
     head = "expected (mean ± 4 sd)" if expected else ""
     lines = [f"{'':42}{'before':>10}{'after':>10}   {head}".rstrip()]
     for name, (description, spec) in FIGURES.items():
-        if name not in after:
+        if name not in before | after:
             continue
-        old = format(before[name], spec) if name in before else ""
-        line = f"{description:42}{old:>10}{format(after[name], spec):>10}"
-        if expected and name in expected:
+        old, new = (format(x[name], spec) if name in x else "" for x in (before, after))
+        line = f"{description:42}{old:>10}{new:>10}".rstrip()
+        if name in after and name in (expected or {}):
             mean, sd = expected[name]
-            # One text more or less, of a few hundred, is no news
+            # A share of a few hundred texts may differ by one of them
             width = max(4 * sd, 0.005 if spec.endswith("%") else 0.0)
             line += f"   {mean:{spec}} ± {width:{spec}}"
             line += "   outside" if abs(after[name] - mean) > width else ""

@@ -20,7 +20,7 @@ from utils.ppo import at_least_float32, check_shapes
 
 
 class _TextBar(tqdm):
-    """The hub's progress bar as text on stdout: its own is a widget, or pink."""
+    """The hub's progress bar as plain text: its own is a widget, or red in a page."""
 
     def __init__(self, *args, name=None, **options):
         super().__init__(*args, **options | {"desc": "Download", "file": sys.stdout})
@@ -44,7 +44,7 @@ def read_model(kind, name: str, **options):
         options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
         model = kind.from_pretrained(name, **options)
     for tensor in (*model.parameters(), *model.buffers()):
-        # Windows lets nobody replace a file to which weights are still mapped
+        # Windows refuses to replace a file while weights are mapped to it
         tensor.data = tensor.data.clone()
     return model
 
@@ -52,8 +52,7 @@ def read_model(kind, name: str, **options):
 def load_causal_lm(name: str, device="cpu"):
     """The language model `name` (on the hub, or a local folder) in float32.
 
-    Raises ValueError if it does not read and write as this series takes for granted:
-    see `check_lm`.
+    Raises OSError if it cannot be loaded, ValueError if `check_lm` refuses it.
     """
     lm = read_model(AutoModelForCausalLM, name)
     check_lm(lm, name)
@@ -62,11 +61,11 @@ def load_causal_lm(name: str, device="cpu"):
 
 @torch.no_grad()
 def check_lm(lm: nn.Module, name: str):
-    """Raise ValueError unless a model's logits are those that our functions find.
+    """Raise ValueError unless a model's own logits are those that we compute.
 
-    They must be the vocabulary's projection of the states that we read behind padding
-    on the left, half of them from a cache, and no later token may change them: models
-    that scale or cap their logits, add a bias, or look ahead are refused.
+    Ours are a plain projection of the hidden states, here with padding on the left and
+    a cache for the first half of the text. Models that scale or cap their logits, add a
+    bias, or let a token see later ones differ, and are refused.
     """
     ids, cache = torch.tensor([[0, 1, 2, 1, 0, 2]]), DynamicCache(config=lm.config)
     padded, mask = F.pad(ids, (3, 0), value=3), F.pad(torch.ones_like(ids), (3, 0))
@@ -75,11 +74,8 @@ def check_lm(lm: nn.Module, name: str):
         hidden_states(lm.base_model, padded[:, :6], mask[:, :6], cache)
         hidden = hidden_states(lm.base_model, padded[:, 6:], mask, cache)
         off = (vocabulary_logits(lm, hidden).log_softmax(dim=-1) - theirs).abs().max()
-        fault = (
-            ""
-            if off <= 1e-3 * theirs.abs().max()
-            else f"its logits differ by {off:.2g}"
-        )
+        same = off <= 1e-3 * theirs.abs().max()
+        fault = "" if same else f"its logits differ by {off:.2g}"
     except Exception as error:
         fault = innermost(error)
     if fault:
@@ -103,9 +99,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def hidden_states(
-    trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache=None
-) -> Tensor:
+def hidden_states(trunk, input_ids, attention_mask, cache=None) -> Tensor:
     """The trunk's last hidden states (B, N, d) for the last N tokens of a text.
 
     input_ids (B, N), attention_mask (B, L). The cache remembers the L - N tokens before
@@ -123,17 +117,8 @@ def hidden_states(
 
 
 def vocabulary_weight(lm: nn.Module) -> Tensor:
-    """The matrix (V, d) that turns a hidden state into logits.
-
-    Raises ValueError if the model adds a bias, which GPT-2's and Llama's kind do not.
-    """
-    head = lm.get_output_embeddings()
-    if head.bias is not None:
-        raise ValueError(
-            f"the vocabulary projection of {type(lm).__name__} has a bias; take a "
-            "model without one, such as 'gpt2'"
-        )
-    return head.weight
+    """The matrix (V, d) that turns a hidden state into logits."""
+    return lm.get_output_embeddings().weight
 
 
 def vocabulary_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -171,9 +156,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def label_logprobs(
-    lm: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0
-) -> Tensor:
+def label_logprobs(lm, hidden, labels, temperature=1.0) -> Tensor:
     """`token_logprobs(vocabulary_logits(lm, hidden), labels, temperature)`, but faster.
 
     hidden (N, d), labels (N,) -> (N,), in nats. With z = W h and p = softmax(z),
@@ -182,9 +165,8 @@ def label_logprobs(
 
     so all that the backward pass needs is exp(z - max z), which the forward pass
     leaves behind in the place of z: one (N, V) tensor where automatic differentiation
-    keeps three, and a sixth of an update's time for a model of GPT-2's size. The idea,
-    without even that one: Wijmans et al. 2024 (arXiv 2411.09009). Raises ValueError if
-    the shapes disagree.
+    keeps three, and a sixth of an update's time for a model of GPT-2's size. Wijmans et
+    al. 2024 (arXiv 2411.09009) keep none. Raises ValueError if the shapes disagree.
     """
     check_shapes(**{"hidden without d": hidden[:, 0], "labels": labels})
     weight = at_least_float32(vocabulary_weight(lm))
@@ -210,18 +192,10 @@ class RewardHead(nn.Linear):
             return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
 
 
-class ValueHead(RewardHead):
-    """The same with zeros, so that a fresh critic expects nothing."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size)
-        nn.init.zeros_(self.weight)
-
-
 class RewardModel(nn.Module):
     """A trunk and a reward head, read at the last real token of the text.
 
-    The trunk has no vocabulary projection: nothing is computed that is not used.
+    The trunk is a model without its vocabulary projection, which is not needed here.
     """
 
     HEAD_FILE = "reward_head.safetensors"
@@ -230,10 +204,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         # Not the config's size: OPT-350m's states are smaller than its layers
-        ids = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
-        with torch.no_grad():
-            states = hidden_states(trunk, ids, torch.ones_like(ids))
-        self.head = RewardHead(states.shape[-1])
+        self.head = RewardHead(trunk.get_input_embeddings().weight.shape[1])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw logits (B,) of "positive" for texts (B, L), padded on either side."""
@@ -264,4 +235,5 @@ class PolicyWithValueHead(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        self.value_head = ValueHead(vocabulary_weight(lm).shape[1])
+        self.value_head = RewardHead(vocabulary_weight(lm).shape[1])
+        nn.init.zeros_(self.value_head.weight)  # a fresh critic expects nothing

@@ -22,18 +22,18 @@ CURVES = [
 
 
 class Picture(Figure):
-    """A figure that a notebook shows sharply, with words for who cannot see it."""
+    """A figure that a notebook shows sharply, with alternative text for a reader."""
 
     alt = ""
 
-    def _ipython_display_(self):  # a bundle would lose to Jupyter's own picture of it
+    def _ipython_display_(self):  # Jupyter prefers its own picture to a MIME bundle
         data, metadata = self.as_png()
         display({**data, "text/plain": repr(self)}, metadata=metadata, raw=True)
 
     def as_png(self) -> tuple[dict, dict]:
         """The picture and what is said of it, as a notebook keeps them."""
         file, small = io.BytesIO(), io.BytesIO()
-        self.savefig(file, dpi=2 * self.dpi)  # two dots for each of the page's
+        self.savefig(file, dpi=2 * self.dpi)  # for screens of twice as many dots
         few_colours = Image.open(file).convert("RGB").quantize(128)
         few_colours.save(small, "PNG", optimize=True)  # a third of the size
         shown = {"alt": self.alt, "width": few_colours.width // 2}
@@ -42,7 +42,7 @@ class Picture(Figure):
 
 
 def subplots(plot, rows, columns, size, **options):
-    """A picture and its axes, for a function whose docstring says what it shows."""
+    """A picture and its axes; the first line of `plot`'s docstring is its alt text."""
     options |= {"figsize": size, "layout": "constrained", "FigureClass": Picture}
     figure, axes = plt.subplots(rows, columns, **options)
     figure.alt = plot.__doc__.partition("\n")[0]

@@ -5,25 +5,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from utils.models import hidden_states, label_logprobs, vocabulary_logits
 
-# Spread of scores, relative to the largest, that may be rounding: some ten times what
-# small GPT-2s show or more (1e-7, 1e-4 and 1e-3), since deeper ones round more often
+# Below this standard deviation, relative to the largest score, scores may differ by
+# rounding alone. Small GPT-2s show 1e-7, 1e-4 and 1e-3; deeper ones round more often
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @torch.no_grad()
 def sample_responses(
-    lm: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    eos_id: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    lm, prompt_ids, prompt_mask, eos_id, max_new_tokens, temperature=1.0, generator=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue left-padded prompts (B, P) until each response ends.
 
@@ -55,11 +49,11 @@ def sample_responses(
 
 
 def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """`torch.multinomial(probs, 1)` with its odds: (N, V) -> (N,).
+    """One token of each row of probabilities (N, V), like `torch.multinomial`: (N,).
 
-    The probabilities stand end to end on a line of length 1; where a random number
-    falls, there is the token. `multinomial` draws a number for each word of the
-    vocabulary instead, which takes a CPU longer than the trunk of a small model.
+    The probabilities stand end to end on a line; the token is where one random number
+    falls. `multinomial` draws a number for each word of the vocabulary instead, which
+    takes a CPU longer than the trunk of a small model.
     """
     device, kind = probs.device, torch.float64
     if device.type == "mps":  # a Mac's GPU has no float64
@@ -67,19 +61,17 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     places = torch.rand((len(probs), 1), generator=generator, dtype=kind, device=device)
     ends = probs.cumsum(dim=-1, dtype=torch.float64)
     places = places.to(ends.device).double() * ends[:, -1:]
-    # Of a row of NaN it finds V, one behind the last word
+    # A row of NaN gives V, one behind the last word: the next look at scores names it
     found = torch.searchsorted(ends, places, right=True).clamp(max=probs.shape[1] - 1)
     return found.squeeze(1).to(device)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x.to(device)`, without a wait if that is CUDA, which is known to do it right."""
+    """`x.to(device)`; on CUDA, the only device where that is safe, without a wait."""
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def response_hidden_states(
-    lm: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
-) -> Tensor:
+def response_hidden_states(lm, input_ids, attention_mask, mask) -> Tensor:
     """The hidden states (B, T, d) from which each response token was predicted.
 
     The response stands at c ... c + T - 1 of the text, so its logits, and the value
@@ -89,45 +81,28 @@ def response_hidden_states(
     return hidden_states(lm.base_model, input_ids, attention_mask)[:, start - 1 : -1]
 
 
-def logprobs_from_hidden(
-    lm: nn.Module,
-    hidden: Tensor,
-    input_ids: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
-) -> Tensor:
+def logprobs_from_hidden(lm, hidden, input_ids, mask, temperature=1.0) -> Tensor:
     """Log-probabilities (B, T) of the response tokens; 0 outside the mask.
 
     `hidden` comes from `response_hidden_states`. The projection to the vocabulary is
     most of the arithmetic, so it is made for real response tokens only.
     """
-    # Made of a mask in the CPU's memory, the index costs no wait for a GPU
-    real = mask.flatten().nonzero().squeeze(1)
-    real = send(real, hidden.device)
+    # `nonzero` waits for a GPU, unless the mask lies in the CPU's memory
+    real = send(mask.flatten().nonzero().squeeze(1), hidden.device)
     labels = input_ids[:, -mask.shape[1] :].flatten()[real]
     logprobs = label_logprobs(lm, hidden.flatten(0, 1)[real], labels, temperature)
     out = torch.zeros(mask.numel(), dtype=logprobs.dtype, device=logprobs.device)
     return out.index_copy(0, real, logprobs).view(mask.shape)
 
 
-def response_logprobs(
-    lm: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
-) -> Tensor:
+def response_logprobs(lm, input_ids, attention_mask, mask, temperature=1.0) -> Tensor:
     """Log-probabilities (B, T) of the response tokens under a language model."""
     hidden = response_hidden_states(lm, input_ids, attention_mask, mask)
     return logprobs_from_hidden(lm, hidden, input_ids, mask, temperature)
 
 
 def evaluate_responses(
-    policy: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
+    policy, input_ids, attention_mask, mask, temperature=1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values (B, T) of the response tokens under a policy.
 
@@ -158,9 +133,9 @@ class Batch:
     """Some responses, and what PPO knows of them.
 
     (B, P + T): input_ids, attention_mask. (B,): raw_scores (logits of the reward
-    model) and scores (the same normalised). (B, T): the rest, of which rewards,
-    advantages and returns come after the others. `cpu_mask` is the mask again, in the
-    CPU's memory: it tells how long responses are without a wait for a GPU.
+    model) and scores (the same normalised). (B, T): the rest; rewards, advantages and
+    returns are filled in later. `cpu_mask` is the mask again, in the CPU's memory: it
+    tells how long responses are without a wait for a GPU.
     """
 
     input_ids: Tensor
@@ -190,7 +165,7 @@ class Batch:
         return self.cpu_mask.sum()
 
     def rows(self, index: Tensor) -> "Batch":
-        """The responses of this index, best in the CPU's memory."""
+        """The responses of this index (n,), which costs a wait if it is on a GPU."""
         there = send(index, self.mask.device)
         parts = {**vars(self), "cpu_mask": None}
         parts = {name: x[there] for name, x in parts.items() if x is not None}
@@ -204,7 +179,7 @@ class Batch:
 
 @dataclass
 class Rollout(Batch):
-    """The responses of the old policy to some prompts: a batch that was looked at.
+    """The responses of the old policy to some prompts: a batch that is checked.
 
     Raises ValueError if the shapes disagree, if a response mask is not one run of 1s
     from the first slot, or if a score or another number is not finite.
@@ -252,11 +227,11 @@ def response_tokens(input_ids: Tensor, mask: Tensor) -> list[list[int]]:
 def score_scale(raw_scores: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """Mean and standard deviation of raw scores (B,), by which others are normalised.
 
-    `dtype` is the trunk's. Raises ValueError if a score is not finite, or if they
-    differ by their rounding only: divided by that, it would become scores of ±1.
+    `dtype` is the trunk's. Raises ValueError if a score is not finite, or if scores
+    differ by rounding alone, which a division by their spread would blow up to ±1.
     """
     mean, std = raw_scores.mean().item(), raw_scores.std().item()
-    if not std > ROUNDING[dtype] * raw_scores.abs().max().item():  # NaN is neither
+    if not std > ROUNDING[dtype] * raw_scores.abs().max().item():  # true of NaN, too
         raise ValueError(
             f"the reward model says the same to {len(raw_scores)} SFT responses, or no "
             f"number: raw scores around {mean:.3g} with a spread of {std:.0e} in "

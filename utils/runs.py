@@ -1,11 +1,11 @@
-"""A run of the series: how it begins, what it leaves, and when that is taken up again.
+"""A run of the series: how it begins, what it saves, and when that is used again.
 
-A model is written beside its place and then renamed: whoever is interrupted leaves the
-old one or the new one. It is taken up only where the settings that it was made with are
-still the same. So is the state of PPO, and only by the same code.
+A model is written beside its place and then renamed, so that an interrupt leaves the
+old one or the new one. It is used only with the settings that it was made with; the
+state of PPO also only by the code that it was made with.
 """
 
-import ast
+import dis
 import functools
 import hashlib
 import inspect
@@ -37,30 +37,23 @@ from utils.settings import Settings, load_settings
 from utils.training import get_device, trunk_dtype
 
 ROOT = Path(__file__).parents[1]
-LESSONS = [
-    *sorted(ROOT.glob("[1-3]-*.ipynb")),
-    *sorted(ROOT.glob("more/[4-9]-*.ipynb")),
-]
+LESSONS = sorted(ROOT.glob("[1-3]-*.ipynb")) + sorted(ROOT.glob("more/[4-9]-*.ipynb"))
 NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
 STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
-FILES = (
-    "ppo",
-    "models",
-    "rollout",
-    "training",
-)  # of utils, that the loop of PPO reaches
+FILES = ("ppo", "models", "rollout", "training")  # that the loop of PPO reaches
 TO_LOWER = dict.fromkeys(STAGES[:2], "batch_size or max_tokens")
 TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_rollout_size or max_new_tokens"
 
 
 def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False):
-    """Settings and device for making an artefact, with all that they name at hand.
+    """The settings and the device for making an artefact, after a look at the machine.
 
-    Without a preset it is RLHF_PRESET's, or what the machine can do; `changes` are
-    settings by name. Builds the tiny world if it is used. From now on errors of `utils`
-    end a cell in one sentence, and no library draws a widget. Raises, before anything
-    is trained, ValueError for settings or a model that do not fit, OSError for what
-    cannot be loaded or written, RuntimeError for an edited file of `utils`.
+    Without a preset it is RLHF_PRESET's, or `full` where there is a GPU and `tiny`
+    elsewhere; `changes` are settings by name. The tiny world is built if it is used.
+    From now on errors of `utils` end a cell in one sentence, and no library draws a
+    widget. Raises, before anything is trained, ValueError for settings or a model that
+    do not fit, OSError for what cannot be loaded or written, RuntimeError for an edited
+    file of `utils`.
     """
     say_errors_in_a_sentence(artefact)
     check_code_is_current()
@@ -73,12 +66,12 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
 
         drive.mount("/content/drive")
         changes["runs_dir"] = "/content/drive/MyDrive/rlhf/runs"
-    preset = preset or os.environ.get("RLHF_PRESET", "full" if gpu else "tiny")
+    preset = preset or os.environ.get("RLHF_PRESET") or ("full" if gpu else "tiny")
     settings = load_settings(preset, changes)
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on a model this small, more only wait for each other
     settings.folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=settings.folder).close()  # or models could not be saved
+    tempfile.TemporaryFile(dir=settings.folder).close()  # raises where none may write
     tiny_world.prepare(settings)
     name, device = settings.model_name, get_device(settings)
     with loading("model", name):
@@ -104,18 +97,17 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
 
 
 def say_errors_in_a_sentence(artefact: str):
-    """From now on, an error that is meant for people ends a cell in one line.
+    """Let errors that are meant for people end a cell in one line.
 
     Those are the errors that `utils` raises, but for its formulas; an interrupt; and a
-    full GPU: what the failed cell held there is freed. Others keep their traceback.
+    full GPU, where what the failed cell held is freed. Others keep their traceback.
     """
 
-    def say(shell, kind, error, trace, tb_offset=None):
+    def show(shell, kind, error, trace, tb_offset=None):
         *_, (frame, line) = traceback.walk_tb(trace)
         file, said = Path(frame.f_code.co_filename), str(error) or "run the cell again"
-        meant = (
-            file.parent.name in ("utils", "practice", "more") and file.name != "ppo.py"
-        )
+        meant = file.parent.name in ("utils", "practice", "more")
+        meant &= file.name != "ppo.py"
         meant &= linecache.getline(str(file), line).strip().startswith("raise ")
         if isinstance(error, RuntimeError) and "out of memory" in said:
             traceback.clear_frames(trace)  # they hold the tensors
@@ -126,7 +118,7 @@ def say_errors_in_a_sentence(artefact: str):
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     if shell := get_ipython():
-        shell.set_custom_exc((KeyboardInterrupt, Exception), say)
+        shell.set_custom_exc((KeyboardInterrupt, Exception), show)
 
 
 def check_code_is_current():
@@ -141,7 +133,7 @@ def check_code_is_current():
 def check_all(checks, failure: str, anyway: bool = False):
     """Print each pair of (sentence, truth); raise RuntimeError if one is not true.
 
-    The error begins with `failure`; with `anyway` there is none.
+    The error begins with `failure`. With `anyway` nothing is raised.
     """
     print("\n".join(f"{'✓' if good else '✗'} {sentence}" for sentence, good in checks))
     wrong = [sentence for sentence, good in checks if not good]
@@ -169,7 +161,7 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     tokenizer.save_pretrained(unfinished)
     for file, content in (("metrics", metrics), ("settings", asdict(settings))):
         (unfinished / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
-    for file in unfinished.iterdir():  # safetensors lets nobody else read its files
+    for file in unfinished.iterdir():  # safetensors makes its files the owner's alone
         file.chmod((unfinished / "settings.json").stat().st_mode)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -188,7 +180,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
     folders = [settings.folder / name for name in names]
     for name, folder in zip(names, folders, strict=True):
         number, old = STAGES.index(name) + 1, folder.with_name(f"{name}.old")
-        if old.exists() and not folder.exists():  # interrupted between two renamings
+        if old.exists() and not folder.exists():  # an interrupt came between renamings
             old.rename(folder)
         if not folder.exists():
             sets = [shlex.quote(f"{k}={v!r}") for k, v in settings.changes.items()]
@@ -211,7 +203,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
 
 
 def fingerprint(thing) -> str:
-    """A few letters that change if a value does, or a weight of a model."""
+    """A short hash of a value, or of all weights of a model."""
     digest = hashlib.sha256()
     for value in thing.parameters() if isinstance(thing, nn.Module) else [repr(thing)]:
         if isinstance(value, torch.Tensor):
@@ -221,59 +213,54 @@ def fingerprint(thing) -> str:
     return digest.hexdigest()[:16]
 
 
+def globals_of(code) -> set[str]:
+    """The names of the global values that a function's code reads."""
+    read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+    return read.union(*(globals_of(x) for x in code.co_consts if inspect.iscode(x)))
+
+
 def code_hash(*functions) -> str:
     """One hash over the code that PPO depends on.
 
-    That is FILES; of these functions, and of all that they read in a notebook, the
-    source and the plain values; and the whole file of what else belongs to this
-    project. A notebook's function counts as it is now: its name may mean another one
-    than when it was handed over.
+    It covers FILES, and what these functions read: of a notebook's functions the source
+    and the plain values, of this project's other functions the whole file. A notebook's
+    function is looked up by its name, since its cell may have been run again.
     """
     files, sources, seen = {ROOT / "utils" / f"{x}.py" for x in FILES}, set(), set()
-    queue = [
-        getattr(f, "__globals__", {}).get(getattr(f, "__name__", ""), f)
-        for f in functions
-    ]
+    queue = [(getattr(f, "__name__", ""), f) for f in functions]
+    queue = [(name, getattr(f, "__globals__", {}).get(name, f)) for name, f in queue]
     while queue:
-        thing = inspect.unwrap(queue.pop())
-        file = Path(getattr(getattr(thing, "__code__", None), "co_filename", "/"))
-        in_a_cell = re.search(
-            "ipykernel|ipython-input|#", str(file)
-        )  # or Colab's, ours
-        if isinstance(thing, functools.partial):
+        name, thing = queue.pop()
+        if isinstance(thing, bool | int | float | str | tuple | list | dict):
+            sources.add(f"{name} = {thing!r}")
+        elif isinstance(thing, functools.partial):
             parts = [thing.func, *thing.args, *thing.keywords.values()]
             sources.add(" ".join(getattr(part, "__name__", "") for part in parts))
-            queue += parts
-        elif isinstance(thing, type) and thing.__module__ == "__main__":
-            queue += [x for x in vars(thing).values() if callable(x) and x not in seen]
+            queue += enumerate(parts)
+        elif callable(thing) and (thing := inspect.unwrap(thing)) not in seen:
             seen.add(thing)
-        elif file.is_relative_to(ROOT) and "site-packages" not in file.parts:
-            files.add(file)
-        elif in_a_cell and thing not in seen:
-            seen.add(thing)
-            sources.add(source := textwrap.dedent(inspect.getsource(thing)))
-            queue += [cell.cell_contents for cell in thing.__closure__ or ()]
-            queue += thing.__defaults__ or ()
-            nodes = list(ast.walk(ast.parse(source)))
-            words = [node for node in nodes if isinstance(node, ast.Name)]
-            own = {word.id for word in words if isinstance(word.ctx, ast.Store)}
-            own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-            for name in {word.id for word in words} - own:
-                value = thing.__globals__.get(name)
-                queue += [value] if callable(value) and value not in seen else []
-                if isinstance(value, bool | int | float | str | tuple | list | dict):
-                    sources.add(f"{name} = {value!r}")
+            file = getattr(getattr(thing, "__code__", None), "co_filename", "/")
+            if isinstance(thing, type) and thing.__module__ == "__main__":
+                queue += vars(thing).items()
+            elif Path(file).is_relative_to(ROOT) and "site-packages" not in file:
+                files.add(Path(file))
+            elif re.search(r"ipykernel|ipython-input|\.ipynb#", file):  # a cell
+                sources.add(textwrap.dedent(inspect.getsource(thing)))
+                read = inspect.getclosurevars(thing).nonlocals
+                names = globals_of(thing.__code__) & thing.__globals__.keys()
+                read |= {name: thing.__globals__[name] for name in names}
+                queue += [*read.items(), *enumerate(thing.__defaults__ or ())]
     return fingerprint([file.read_text() for file in sorted(files)] + sorted(sources))
 
 
 class Checkpoint:
     """Saves a PPO run every few rollouts, and goes on from there.
 
-    `run` is an object whose attributes are all that training changes: a model, of which
-    what is not frozen is saved, others with a state (optimiser, schedule, generator),
+    `run` is an object whose attributes are all that training changes: a model, whose
+    frozen weights are not saved; others with a state (optimiser, schedule, generator);
     and plain records, of which `history` has an entry for each rollout. The run depends
-    on `code`, functions, and on `inputs`, models and plain values. A saved run is taken
-    up only if these and the settings are the same, so that it never hides an edit.
+    on `code`, functions, and on `inputs`, models and plain values. A saved run is used
+    only if these and the settings are the same, so that it never hides an edit.
     """
 
     def __init__(self, run, settings, code: tuple, inputs: tuple, every: int = 8):
@@ -284,7 +271,7 @@ class Checkpoint:
 
     def _key(self, settings) -> dict:
         device = self.run.generator.device
-        # A generator's state belongs to its device, a scaler's to its precision
+        # The generator's state belongs to its device, the scaler's to its precision
         device = f"{device.type} in {trunk_dtype(settings, device)}"
         made_of = {"code": code_hash(*self.code), "device": device}
         made_of["model or prompts"] = " ".join(map(fingerprint, self.inputs))
@@ -305,21 +292,19 @@ class Checkpoint:
 
         Raises OSError if the file cannot be read; it stays as it is.
         """
-        if not self.path.exists():
-            print(
-                f"PPO begins, and is saved every {self.every} rollouts to {self.path}"
-            )
+        place, aside = self.path, self.path.with_suffix(".aside.pt")
+        if not place.exists():
+            print(f"PPO begins, and is saved every {self.every} rollouts to {place}")
             return
         try:  # nothing in the file is executed
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(place, map_location="cpu", weights_only=True)
             then = state.pop("key")
         except Exception as error:
-            said = f"cannot read {self.path} ({innermost(error)})"
-            raise OSError(f"{said}; to begin anew, delete it") from error
+            said = f"cannot read {place} ({innermost(error)}); to begin anew, delete it"
+            raise OSError(said) from error
         if changed := [name for name in self.key if self.key[name] != then.get(name)]:
-            aside = self.path.with_suffix(".aside.pt")
-            os.replace(self.path, aside)
-            print(f"PPO begins anew: {self.path} had other {' and '.join(changed)}")
+            os.replace(place, aside)
+            print(f"PPO begins anew: {place} had other {' and '.join(changed)}")
             print(f"(it is {aside.name} now)")
             return
         for name, saved in state.items():
@@ -333,10 +318,8 @@ class Checkpoint:
             else:
                 setattr(self.run, name, saved)
         self.saved = len(self.run.history)
-        print(
-            f"PPO goes on after {self.saved} of {self.total} rollouts, from {self.path}"
-        )
-        print("(to begin anew: checkpoint.discard(), then this cell again)")
+        print(f"PPO goes on after {self.saved} of {self.total} rollouts, from {place}")
+        print("(to begin anew: checkpoint.discard(), then run on from the preflight)")
 
     def save(self):
         """Save the run if it is time to: every few rollouts, and after the last.
@@ -369,16 +352,30 @@ class Checkpoint:
 
 
 def start_tracker(settings):
-    """accelerate's tracker for what `log_to` names; None if that is empty."""
-    if not settings.log_to:
-        return None
+    """A function (figures, step) that sends figures to the tracker that `log_to` names.
+
+    Without one it does nothing. Raises RuntimeError if the tracker cannot start; if it
+    fails later, that is a warning.
+    """
+    name = settings.log_to
+    if not name:
+        return lambda figures, step: None
     from accelerate import Accelerator
 
-    tracker = Accelerator(log_with=settings.log_to, project_dir=settings.folder)
-    tracker.init_trackers("rlhf-notebooks", {"preset": settings.preset})
-    if not tracker.trackers:
-        raise ModuleNotFoundError(
-            f"log_to is {settings.log_to!r}, which is not here; pip install "
-            f"{settings.log_to}, or set it to ''"
-        )
-    return tracker
+    try:
+        accelerator = Accelerator(log_with=name, project_dir=settings.folder)
+        accelerator.init_trackers("rlhf-notebooks", {"preset": settings.preset})
+        if not accelerator.trackers:
+            raise ModuleNotFoundError(f"pip install {name}")
+    except Exception as error:
+        said = f"cannot send figures to {name!r} ({innermost(error)}); install it, log "
+        raise RuntimeError(f"{said}in to it, or set log_to to ''") from error
+
+    def log(figures, step):
+        try:
+            accelerator.log(figures, step=step)
+        except Exception as error:
+            said = f"{name} did not take the figures of step {step}"
+            warnings.warn(f"{said} ({innermost(error)})", stacklevel=2)
+
+    return log

@@ -92,10 +92,10 @@ class Settings:
     def that_change(self, artefact: str) -> dict:
         """The settings on which `sft`, `reward_model` or `policy` depends, by name.
 
-        The fields stand in this order: everybody's, SFT's, the reward model's, PPO's.
+        The fields stand in blocks: everybody's, SFT's, the reward model's, PPO's.
         """
-        # Weights are float32 whatever the precision (a Checkpoint looks at it itself),
-        # and a smaller micro-batch, as a full GPU wants it, gives the same gradient
+        # Weights are float32 in any precision (Checkpoint compares that itself), and a
+        # smaller micro-batch, as a full GPU wants it, gives the same gradient
         apart = ("precision", "ppo_micro_batch_size")
         names = [name for name in vars(self) if name not in apart]
         ends = ("sft_min_tokens", "rm_epochs", "prompt_max_tokens", "runs_dir")
@@ -124,7 +124,8 @@ CHOICES = {"device": ("auto", "cpu", "cuda", "mps")}
 CHOICES["precision"] = ("auto", "float32", "bfloat16", "float16")
 CHOICES["log_to"] = ("", "tensorboard", "wandb", "trackio")
 KINDS = {int: "a whole number", float: "a finite number", bool: "True or False"}
-# The least of a number; others must be above 0, whole ones 1 or more
+ABOVE_0 = math.ulp(0.0)  # the smallest float above 0
+# The least value of a number, if it is not 1 (whole numbers) or ABOVE_0 (others)
 LEAST = dict.fromkeys(("train_rows", "seed", "ppo_warmup", "gae_lambda"), 0)
 LEAST |= dict.fromkeys(("kl_coef", "kl_target", "max_approx_kl", "value_coef"), 0)
 LEAST |= dict.fromkeys(("max_tokens", "sft_min_tokens", "prompt_max_tokens"), 2)
@@ -142,9 +143,9 @@ def _converted(name: str, kind: type, value):
     value, most = kind(value), 1 if name == "gae_lambda" else math.inf
     if value not in (choices := CHOICES.get(name, (value,))):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    least = LEAST.get(name, 1 if kind is int else math.ulp(0.0))
+    least = LEAST.get(name, 1 if kind is int else ABOVE_0)
     if kind in (int, float) and not least <= value <= most:
-        bound = "above 0" if least == math.ulp(0.0) else f"from {least} to {most}"
+        bound = "above 0" if least == ABOVE_0 else f"from {least} to {most}"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return value
 

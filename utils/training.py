@@ -1,4 +1,4 @@
-"""What every training loop does and no lesson is about: device, precision, one step."""
+"""What every training loop does, and no lesson explains: device, precision, a step."""
 
 import contextlib
 import random
@@ -42,16 +42,15 @@ def trunk_dtype(settings, device: torch.device) -> torch.dtype:
 def autocast(settings, device: torch.device):
     """A context in which the trunk computes in its precision."""
     dtype = trunk_dtype(settings, device)
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
 
 
 class GuardedOptimizer:
-    """An optimiser with what stands around a step: zero_grad, backward, step.
+    """An optimiser, and what stands around each of its steps.
 
-    Loss scaling where the trunk computes in float16, whose small gradients would be
-    rounded to 0; a bound of 1 on the norm of the gradients; and a look that no loss and
+    It scales the loss where the trunk computes in float16, whose small gradients would
+    be rounded to 0; bounds the norm of the gradients by 1; and checks that no loss and
     no gradient is NaN or infinite.
     """
 
@@ -62,11 +61,8 @@ class GuardedOptimizer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     def resume(self):
-        """Go on after a step that may have been interrupted, as if it had not begun.
-
-        The loss scaling would refuse the next step otherwise. Its scale stays.
-        """
-        # There is no scale before the first loss
+        """Forget that a step was interrupted: the scaler would refuse the next one."""
+        # The scaler has no scale before it has seen a loss
         self.scaler.scale(torch.zeros((), device=self.device))
         self.scaler.update(self.scaler.get_scale())
 
@@ -87,24 +83,22 @@ class GuardedOptimizer:
         FloatingPointError, before a weight has changed, if anything else is not finite.
         """
         self.scaler.unscale_(self.optimizer)
-        weights = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in weights.values()])
-        # All together, since the CPU waits for a GPU at each look
+        weights = [w for w in self.model.parameters() if w.grad is not None]
+        norm = torch.nn.utils.get_total_norm([w.grad for w in weights])
+        # All in one check, since each makes the CPU wait for a GPU
         numbers = [x.detach().float().flatten() for x in (norm, *figures.values())]
         if not torch.cat(numbers).isfinite().all():
-            looked_at = {name.replace("_", " "): x for name, x in figures.items()}
             if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-                looked_at |= {f"gradient of {n}": p.grad for n, p in weights.items()}
-                looked_at["norm of all gradients"] = norm
-            for name, x in looked_at.items():
+                figures |= {"norm of the gradients": norm}
+            for name, x in figures.items():
                 if not x.isfinite().all():
                     value = x[~x.isfinite()][0].item()
                     raise FloatingPointError(
-                        f"the {name} is {value}; this step was not "
+                        f"the {name.replace('_', ' ')} is {value}; this step was not "
                         "taken: lower the learning rate, or set precision to float32, "
                         "and run again from the first cell"
                     )
-        torch.nn.utils.clip_grads_with_norm_(weights.values(), 1.0, norm)
+        torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

@@ -172,6 +172,17 @@ def test_the_links_and_pictures_of_a_page_are_there(page):
 
 
 README = (ROOT / "README.md").read_text("utf8")
+BADGE = r"(?:https://|research\.google\.com/)github(?:\.com)?/([\w.-]+/[\w.-]+?)"
+
+
+def test_badges_and_setup_cells_name_one_repository():
+    exercises = sorted((ROOT / "exercises").glob("*/*/*.ipynb"))
+    found = {}
+    for file in (ROOT / "README.md", *(ROOT / name for name in LESSONS), *exercises):
+        named = re.findall(BADGE + r'(?=/blob/main/|\\")', file.read_text("utf8"))
+        found[file.name] = set(named)
+    assert all(len(names) == 1 for names in found.values()), found
+    assert len(found) > 15 and len(set.union(*found.values())) == 1
 
 
 def test_the_readme_decides_in_a_page_and_names_every_lesson():

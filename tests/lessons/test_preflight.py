@@ -12,7 +12,7 @@ import torch
 from practice.cells import LOOP, import_cells
 from tests.conftest import read
 from tests.small import EOS, PROMPTS, SETTINGS, small_lm, small_tokenizer
-from utils import models, runs
+from utils import models, rollout, runs
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.plots import CURVES
 
@@ -102,6 +102,21 @@ def test_a_sick_start_is_named_and_stopped(fault, healthy, capsys, monkeypatch):
     assert re.search(f"✗ .*{says}", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_may_start(precision, healthy, capsys, monkeypatch):
+    """Where it rounds by the width of a text, as large matrices do (here: always)."""
+
+    def rounded(trunk, ids, *others):
+        states = models.hidden_states(trunk, ids, *others)
+        return states * 1.01 ** (ids.shape[1] * torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setattr(rollout, "hidden_states", rounded)
+    names = healthy | {"settings": dataclasses.replace(SETTINGS, precision=precision)}
+    names = import_cells(NOTEBOOK, *LOOP, "start", names=names)
+    import_cells(NOTEBOOK, "preflight", "preflight-learn", names=names)
+    assert "✗" not in capsys.readouterr().out
+
+
 HEALTHY = {"eos_rate": 0.95, "empty": 0.02, "different": 0.9, "kl": 3.0, "entropy": 1.2}
 HEALTHY |= {"approx_kl": 0.01, "explained_variance": -0.1}
 
@@ -156,7 +171,6 @@ def test_a_pause_looks_draws_and_says_once(monkeypatch):
 
     checkpoint = SimpleNamespace(restore=lambda: None, **vars(note("save", len_of_run)))
     monkeypatch.setattr(runs, "Checkpoint", lambda *_: checkpoint)
-    monkeypatch.setattr(runs, "start_tracker", lambda _: note("log", len_of_run))
     unused = ["prompts_of", "score", "reference", "reward_model", "train_prompts"]
     names = {"settings": dataclasses.replace(SETTINGS, ppo_episodes=4 * 24), "run": run}
     names |= {"evaluate": lambda *_, **__: ({"kl": 0.0}, [1] * 9), "held_out": PROMPTS}
@@ -165,6 +179,7 @@ def test_a_pause_looks_draws_and_says_once(monkeypatch):
         cells = import_cells(NOTEBOOK, "checkpoint", "snapshot", "pause", names=names)
         cells["tqdm"] = note("write", lambda given: given[0])
         cells["display"] = lambda **_: note("update", lambda given: list(given[0]))
+        cells["log"] = lambda figures, step: did["log"].append(len(run.history))
         cells["curves"]["next"] = 0  # so that it is time
         for step in steps:
             run.history = [row] * step

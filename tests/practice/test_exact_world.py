@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from more.common import best_of_n
 from practice import exact_world
 from practice.cells import import_cells
 from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
@@ -168,3 +169,20 @@ def test_rloo_finds_it_too_and_the_others_come_near():
     assert reached["RLOO"] >= 0.98
     assert reached["REINFORCE"] >= 0.8
     assert 0.5 <= reached["GRPO"] < reached["RLOO"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_best_of_n_is_what_all_draws_of_n_give(n):
+    """Each of the 15^n in the exact world, where eight responses score the same."""
+    world = exact_world.ExactWorld(seed=3)
+    ref, scores = world.logprobs(world.reference).detach(), world.scores
+    expected = torch.zeros(15, dtype=torch.float64)
+    for drawn in itertools.product(range(15), repeat=n):
+        # Of equal ones the first: they come in any order
+        best = max(drawn, key=lambda i: scores[i].item())
+        expected[best] += ref[list(drawn)].sum().exp()
+    # Of several prompts at once, each is as it is alone
+    rows = best_of_n(torch.stack([ref.flip(0), ref]), torch.stack([-scores, scores]), n)
+    torch.testing.assert_close(rows[1].exp(), expected, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of_n(ref, scores, 0)

@@ -136,6 +136,8 @@ def test_the_table_shows_what_was_measured_and_what_lies_outside(kl, eos_rate, o
     assert "expected" not in head and first.startswith(FIGURES["kl"][0])
     assert first.split()[-2:] == ["0.00", f"{kl:.2f}"]
     assert second.split()[-1] == f"{eos_rate:.1%}"
+    (_, only) = figures_table({"kl": 1.0, "unknown": 2.0}, {}).splitlines()
+    assert only.startswith(FIGURES["kl"][0]) and only.split()[-1] == "1.00"
     table = figures_table({}, figures, known | {"eos_rate": (1.0, 0.0)})
     lines = dict(zip(("kl", "eos_rate"), table.splitlines()[1:], strict=True))
     assert "2.00 ± 1.00" in lines["kl"]

@@ -56,7 +56,7 @@ def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
 
 
 def test_a_fresh_critic_expects_nothing():
-    values = models.ValueHead(8)(torch.randn(3, 4, 8))
+    values = models.PolicyWithValueHead(gpt2()).value_head(torch.randn(3, 4, 16))
     assert values.shape == (3, 4) and values.eq(0).all()
 
 

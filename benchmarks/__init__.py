@@ -1,1 +1,0 @@
-"""What the loops of the notebooks cost, beside others on the same work."""

@@ -1,0 +1,122 @@
+"""REINFORCE, RLOO and GRPO by hand, and their groups; see also `practice/checks`."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from more.common import best_possible, check_group, gain_in_objective
+from more.estimators import (
+    grpo_advantages,
+    grpo_loss,
+    reinforce_advantages,
+    rloo_advantages,
+)
+from practice.cells import import_cells
+from tests.small import t
+from utils.runs import NOTEBOOKS
+from utils.settings import load_settings
+
+EXACT = {"atol": 1e-11, "rtol": 0}
+SCORES = t(1.0, 2.0, 6.0, 0.0, 0.0, 3.0)  # of two prompts, three responses each
+EQUAL = torch.full((6,), -0.7, dtype=torch.float64)
+# The sample's deviation: of 1, 2, 6 it is the root of (4 + 1 + 9) / 2
+A, B = math.sqrt(7) + 1e-4, math.sqrt(3) + 1e-4
+
+
+@pytest.mark.parametrize(
+    "function, arguments, expected",
+    [
+        (reinforce_advantages, (SCORES,), SCORES.tolist()),
+        (reinforce_advantages, (SCORES, 1.5), [-0.5, 0.5, 4.5, -1.5, -1.5, 1.5]),
+        (rloo_advantages, (SCORES, 3), [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]),
+        (grpo_advantages, (SCORES, 3, False), [-2, -1, 3, -1, -1, 2]),
+        (grpo_advantages, (SCORES, 3), [-2 / A, -1 / A, 3 / A, -1 / B, -1 / B, 2 / B]),
+        (rloo_advantages, (EQUAL, 3), [0] * 6),
+        (grpo_advantages, (EQUAL, 3), [0] * 6),
+    ],
+)
+def test_advantages_by_hand(function, arguments, expected):
+    scores, *rest = arguments
+    found = function(scores.clone().requires_grad_(), *rest)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, t(*expected), **EXACT)
+
+
+@pytest.mark.parametrize("mean", ["token", "response"])
+def test_what_lies_outside_the_mask_reaches_nothing(mean):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(3, 3, 4, generator=generator, dtype=torch.float64)
+    mask, advantages = t([1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]), t(1.0, -1.0, 0.5)
+    spoilt = [torch.where(mask.bool(), x, torch.nan) for x in clean]
+    spoilt[0].requires_grad_()
+    expected, _ = grpo_loss(*clean, advantages, mask, mean=mean)
+    loss, stats = grpo_loss(*spoilt, advantages, mask, mean=mean)
+    (gradient,) = torch.autograd.grad(loss, spoilt[0])
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert gradient.isfinite().all() and not gradient[mask == 0].any()
+    assert all(value.isfinite() for value in stats.values())
+
+
+X, ONES = torch.zeros(2, 3), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, says",
+    [
+        (rloo_advantages, (SCORES, 1), "2 or more, got 1"),
+        (grpo_advantages, (SCORES, 4), r"scores \(6,\) are not groups of 4"),
+        (grpo_advantages, (SCORES.view(2, 3), 3), r"scores \(2, 3\) are not groups"),
+        (grpo_loss, (X, X, X, X[:, 0], ONES, 0.2, 0.1, "tokens"), "got 'tokens'"),
+        (grpo_loss, (X, X, X[:, :2], X[:, 0], ONES), r"ref_logprobs \(2, 2\)"),
+        (grpo_loss, (X, X, X, X[0], ONES), r"advantages \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(function, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name, group, pieces, says",
+    [
+        ("PPO", 0, 12, "must be a multiple of the group, got 0"),
+        ("RLOO", 5, 12, r"ppo_rollout_size \(24\) must be a multiple .* got 5"),
+        ("GRPO", 4, 6, r"ppo_micro_batch_size \(6\) to ppo_minibatch_size \(12\)"),
+        ("PPO", 1, 6, ""),
+        ("GRPO", 24, 12, ""),
+    ],
+)
+def test_a_group_that_cannot_be_compared_is_said_before(name, group, pieces, says):
+    sizes = {"ppo_episodes": 24, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
+    settings = load_settings("tiny", {**sizes, "ppo_micro_batch_size": pieces})
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        check_group(name, group, settings)
+
+
+def test_a_group_is_one_prompt_again_and_again():
+    in_groups = import_cells(NOTEBOOKS["5"], "in-groups")["in_groups"]
+    prompts = in_groups(lambda step: [[step, i] for i in range(6)], 3)
+    assert prompts(7) == [[7, 0]] * 3 + [[7, 3]] * 3
+
+
+def test_the_best_possible_by_hand():
+    """Two prompts, two responses each, of which the better one is worth 1 more."""
+    scores, beta = torch.tensor([[0.0, 1.0], [3.0, 2.0]]), 0.5
+    w = 1 / (1 + math.exp(-1 / beta))  # of the better one
+    weights, found = best_possible(scores, beta)
+    assert weights.flatten().tolist() == pytest.approx([1 - w, w, w, 1 - w])
+    kl = w * math.log(2 * w) + (1 - w) * math.log(2 * (1 - w))
+    expected = {"score": 1 + w, "kl": kl, "objective": 1 + w - beta * kl}
+    assert found == pytest.approx(expected)
+    # J* = beta log mean exp(R / beta) is the same number
+    by_prompt = (scores / beta).exp().mean(dim=1).log() * beta
+    assert found["objective"] == pytest.approx(by_prompt.mean().item(), abs=1e-6)
+    # A quarter of the way from the reference's mean score, 1.5, to that
+    way = 1.5 + (expected["objective"] - 1.5) / 4
+    gain = gain_in_objective(way + beta * 2.0, 2.0, scores, beta)
+    assert gain == pytest.approx({"objective": way, "share": 0.25})
+    assert gain_in_objective(2.0, 3.0, scores, 0.0) == {"objective": 2.0}
+    with pytest.raises(ValueError, match="above 0, got 0.0; without a price"):
+        best_possible(scores, 0.0)

@@ -1,0 +1,338 @@
+"""Adapters by hand: nothing changes until they learn, and nothing but them learns."""
+
+import copy
+import dataclasses
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from more import lora
+from practice.cells import LOOP, import_cells
+from tests.small import EOS, PROMPTS, SETTINGS, collect, small_lm
+from utils.models import PolicyWithValueHead, RewardModel, freeze
+
+SHARED = {"bos_token_id": 0, "eos_token_id": EOS, "vocab_size": 23}
+IDS = torch.arange(12).view(2, 6)
+
+
+def gpt2(size=16, layers=2):
+    torch.manual_seed(0)
+    sizes = {"n_layer": layers, "n_head": 2, "n_embd": size, "n_positions": 64}
+    sizes["activation_function"] = "gelu_pytorch_tanh"
+    return GPT2LMHeadModel(GPT2Config(**sizes, **SHARED)).eval()
+
+
+def llama(size=16, layers=2, groups=1):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": size}
+    sizes |= {"intermediate_size": 3 * size // 2, "num_key_value_heads": groups}
+    config = LlamaConfig(**sizes, **SHARED, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def off(a, b):
+    return (a - b).abs().max().item()
+
+
+def learn(model, name="", seed=1):
+    """Give every adapter's B, or that of this one, numbers as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "lora_B" in key and name in key:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def free(model):
+    return {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(params=[gpt2, llama])
+def model(request):
+    return request.param()
+
+
+@pytest.fixture
+def two(model):
+    """With two adapters that have learnt, and its logits under each."""
+    outputs = {None: logits(model)}
+    for rank, name in enumerate(("policy", "reward"), start=2):
+        lora.add_adapter(model, name, rank)
+        learn(model, f".{name}.", seed=rank)
+        outputs[name] = logits(model)
+    return model, outputs
+
+
+def test_fresh_it_changes_nothing_and_only_it_learns(model):
+    start, before = logits(model), copy.deepcopy(model.state_dict())
+    lora.add_adapter(model, "one", rank=4)
+    assert torch.equal(logits(model), start)
+    optimizer, trained = torch.optim.AdamW(model.parameters(), lr=0.1), free(model)
+    assert trained and all(".adapters.one.lora_" in key for key in trained)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    after = {k.replace(".base.", "."): v for k, v in model.state_dict().items()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all((p != 0).any() for p in trained.values())
+    assert off(logits(model), start) > 1e-2
+    with lora.using(model, None):
+        assert torch.equal(logits(model), start)
+    model.requires_grad_(False)
+    lora.add_adapter(model, "two", rank=2)  # the first one stays frozen
+    assert free(model) and all(".adapters.two." in key for key in free(model))
+    torch.manual_seed(3)  # A is drawn as a linear layer is
+    A = lora.Adapter(400, 5, 300, 1.0, torch.empty(0)).lora_A.weight
+    assert A.abs().max() <= 0.05 and A.std().item() == pytest.approx(0.0289, rel=0.02)
+
+
+def test_rank_alpha_and_targets_are_those_that_were_asked_for():
+    model = lora.add_adapter(gpt2(), "all", rank=3, alpha=12)
+    count = sum(p.numel() for p in free(model).values())
+    # of a layer of GPT-2: (16, 48), (16, 16), (16, 64), (64, 16); no embedding
+    assert count == 2 * 3 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)
+    assert {x.adapters["all"].scale for x in lora._adapted(model).values()} == {12 / 3}
+    lora.add_adapter(model, "some", targets=["c_attn", "h.1.mlp.c_fc"])
+    on = [path[14:] for path, layer in lora._adapted(model).items() if layer.on]
+    assert on == ["0.attn.c_attn", "1.attn.c_attn", "1.mlp.c_fc"]
+
+
+def test_which_is_on_and_sharing_is_another_model_on_the_same_weights(two):
+    model, outputs = two
+    assert lora.adapter_names(model) == ["policy", "reward"]
+    for a, b in (("policy", "reward"), (None, "policy"), (None, "reward")):
+        assert off(outputs[a], outputs[b]) > 1e-2
+    twins = {name: lora.sharing(model, name) for name in outputs}
+    lora.switch(model, "policy")  # which is nothing to the twins
+    with pytest.raises(KeyError, match="inside"), lora.using(model, None):
+        with lora.using(model, "reward"):
+            assert torch.equal(logits(model), outputs["reward"])
+        assert torch.equal(logits(model), outputs[None])
+        raise KeyError("inside")
+    assert torch.equal(logits(model), outputs["policy"])
+    held = {p.data_ptr() for p in model.parameters()}
+    for name, twin in twins.items():
+        assert torch.equal(logits(twin), outputs[name]), name
+        assert all(p.data_ptr() in held for p in twin.parameters())
+        assert lora.adapter_names(twin) == ([name] if name else [])
+    learn(model, seed=5)  # what the model learns, its twins show
+    assert torch.equal(logits(model), logits(twins["policy"]))
+    assert off(logits(model), outputs["policy"]) > 1e-2
+
+
+def test_merged_it_is_a_plain_model_again(two):
+    model, outputs = two
+    lora.merge_adapter(model, "reward")
+    with lora.using(model, None):
+        assert off(logits(model), outputs["reward"]) <= 1e-4
+    assert lora.adapter_names(model) == ["policy"]
+    assert not any("base" in key for key in free(model))
+    lora.merge_adapter(model, "policy")
+    assert list(model.state_dict()) == list(type(model)(model.config).state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="no adapter 'policy'; it has none"):
+        lora.merge_adapter(model, "policy")  # twice would count it twice
+    half = learn(lora.add_adapter(model.bfloat16(), "one", rank=2))
+    assert {p.dtype for p in free(half).values()} == {torch.float32}
+    assert logits(half).dtype == torch.bfloat16
+    lora.merge_adapter(half, "one")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_peft_reads_ours_and_we_read_its(model, tmp_path):
+    base, transposed = logits(model), isinstance(model, GPT2LMHeadModel)
+    targets = ["c_attn", "c_fc"] if transposed else ["q_proj", "up_proj"]
+    options = {"r": 3, "lora_alpha": 6, "target_modules": targets}
+    for kind in ("ours", "plain", "stabilised"):
+        folder, own, twin = tmp_path / kind, copy.deepcopy(model), copy.deepcopy(model)
+        if kind == "ours":
+            learn(lora.add_adapter(own, "one", 4, 12, targets))
+            lora.save_adapter(own, "one", folder)
+            assert {p.name for p in folder.iterdir()} == {lora.CONFIG, lora.WEIGHTS}
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+            assert off(logits(theirs), logits(own)) <= 1e-6
+        else:
+            options |= {"use_rslora": kind != "plain", "fan_in_fan_out": transposed}
+            own = learn(peft.get_peft_model(own, peft.LoraConfig(**options)))
+            own.save_pretrained(folder)
+        assert off(logits(own), base) > 1e-2
+        lora.load_adapter(twin, "x", folder)
+        assert off(logits(twin), logits(own)) <= 1e-6
+
+
+NARROW, OTHER = "a narrower model", "another model"
+REFUSED = [  # what is changed in the configuration; another tensor, or the base
+    ("peft_type", "IA3", "parts that are not read here, {'peft_type': 'IA3'}; merge"),
+    ("use_dora", True, "{'use_dora': True}"),
+    ("bias", "all", "{'bias': 'all'}"),
+    ("rank_pattern", {"c_fc": 3}, "{'rank_pattern': {'c_fc': 3}}"),
+    ("alpha_pattern", {"c_fc": 3}, "alpha_pattern"),
+    ("modules_to_save", ["wte"], "modules_to_save"),
+    ("init_lora_weights", "pissa", "'pissa'"),
+    ("some_new_way", True, "some_new_way"),
+    ("r", 5, r"c_fc.lora_A.weight of \(2, 16\), where this model has \(5, 16\)"),
+    ("wte.lora_embedding_A", None, r"lora_embedding_A of \(1,\), where .* no layer"),
+    (NARROW, None, r"\(2, 16\), where this model has \(2, 8\); load it into its own"),
+    (OTHER, None, "h.0.mlp.c_fc.lora_A.weight of .* has no layer; load it into its"),
+]
+
+
+@pytest.mark.parametrize("part, value, says", REFUSED)
+def test_a_part_that_is_not_read_is_refused(part, value, says, tmp_path):
+    fresh = gpt2(8) if part == NARROW else llama() if part == OTHER else gpt2()
+    with pytest.raises(FileNotFoundError, match=lora.CONFIG):
+        lora.load_adapter(fresh, "one", tmp_path)
+    made = lora.add_adapter(gpt2(), "one", rank=2, targets=["c_fc"])
+    lora.save_adapter(made, "one", tmp_path)
+    config, tensors = tmp_path / lora.CONFIG, tmp_path / lora.WEIGHTS
+    if value is not None:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {part: value}))
+    elif "." in part:
+        save_file(load_file(tensors) | {part: torch.zeros(1)}, tensors)
+    with pytest.raises(ValueError, match=says):
+        lora.load_adapter(fresh, "one", tmp_path)
+    assert not lora.adapter_names(fresh)
+
+
+ADDED = {
+    "must be 1 or more, got 0": {"rank": 0},
+    "no layer is called 'q'; take targets from c_attn, c_fc": {"targets": ["q"]},
+    "no layer is called 'attn'": {"targets": ["c_fc", "attn"]},
+    "no layer is called 'wte'": {"targets": ["wte"]},
+    "cannot be called 'a.b'": {"name": "a.b"},
+    r"none of \['one'\]": {"name": "one"},
+}
+
+
+def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path):
+    model = lora.add_adapter(gpt2(), "one", targets=["c_fc"])
+    keys = list(model.state_dict())
+    for says, options in ADDED.items():
+        with pytest.raises(ValueError, match=says):
+            lora.add_adapter(model, **{"name": "two", **options})
+    save = partial(lora.save_adapter, folder=tmp_path)
+    for call in (lora.switch, lora.merge_adapter, lora.sharing, save):
+        with pytest.raises(ValueError, match="no adapter 'two'; it has one"):
+            call(model, "two")
+    assert list(model.state_dict()) == keys
+    assert {layer.on for layer in lora._adapted(model).values()} == {"one"}
+
+
+class OneBase:
+    """Policy, reference and reward model on the weights of one model."""
+
+    def __init__(self):
+        self.lm = small_lm().float()
+        for name in ("reward", "policy"):
+            lora.add_adapter(self.lm, name, rank=2)
+        learn(self.lm, ".reward.")
+        self.policy = PolicyWithValueHead(lora.sharing(self.lm, "policy")).eval()
+        self.reference = freeze(lora.sharing(self.lm, None))
+        self.reward_model = self.judge = self.judged_by("reward")
+
+    def judged_by(self, name):
+        torch.manual_seed(0)  # for the head
+        model = RewardModel(lora.sharing(self.lm, name).base_model).float().eval()
+        return model if name == "policy" else freeze(model)
+
+    def score(self, ids, attention, mask):
+        raw = self.judge(ids, attention)
+        return raw, raw / 10
+
+
+def unmerged(start):
+    """SFT's adapter: with adapters off, the pre-trained model is left."""
+    learn(start.lm, ".policy.")
+    start.reference = freeze(lora.sharing(start.lm, "reward"))
+    learn(start.lm, ".reward.", seed=2)
+
+
+def judged_by(name, *of):
+    both = of or ("reward_model", "judge")  # the judge scores the rollout
+    return lambda start: vars(start).update(dict.fromkeys(both, start.judged_by(name)))
+
+
+WORDS = ("dropout", "nothing that is", "one adapter", "KL", "scores")
+SICK = [  # and which of these sentences are not so
+    (lambda s: None, ()),
+    (lambda s: s.policy.train(), (0, 3)),
+    # A fresh adapter gives a KL of 0: only its weights tell
+    (lambda s: setattr(s, "reference", lora.sharing(s.lm, "policy").eval()), (1,)),
+    (unmerged, (3,)),
+    (lambda s: learn(s.lm, ".policy."), (3,)),
+    (lambda s: s.lm.transformer.wte.requires_grad_(True), (1, 2)),
+    (lambda s: lora.switch(s.policy.lm, None), (2,)),
+    (judged_by(None), (4,)),
+    (judged_by("policy"), (1,)),
+    (judged_by(None, "judge"), (4,)),
+]
+
+
+@pytest.mark.parametrize("infect, wrong", SICK)
+def test_a_sick_start_is_named_and_a_healthy_one_is_not(infect, wrong):
+    start, loop = OneBase(), import_cells("3-RLHF.ipynb", *LOOP)
+    infect(start)
+    rollout = collect(loop, start.policy, start.reference, by=start.score)
+    models = (start.policy, start.reference, start.reward_model)
+    pairs = lora.adapter_checks(*models, rollout, SETTINGS)
+    assert all(word in said for word, (said, _) in zip(WORDS, pairs, strict=True))
+    assert tuple(i for i, (_, good) in enumerate(pairs) if not good) == wrong
+
+
+def test_ppo_moves_only_the_adapter(tmp_path):
+    """By what notebook 8 trains, for a very small model."""
+    start, three = OneBase(), SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
+    cell = "more/8-Adapters.ipynb", "fresh-adapter-run"
+    settings = dataclasses.replace(SETTINGS, ppo_episodes=96)
+    fresh_run = import_cells(*cell, names={"lesson3": three})["fresh_adapter_run"]
+    before, run = (
+        copy.deepcopy(start.lm.state_dict()),
+        fresh_run(start.policy.lm, settings),
+    )
+    # The optimiser holds two matrices for each of eight layers, and the value head
+    groups = run.optimizer.optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    trained = free(run.policy).values()
+    assert held == {id(p) for p in trained} and len(held) == 2 * 8 + 2
+    how = EOS, settings, three.ppo_advantages, three.ppo_update
+    three.train(run, start.reference, start.score, lambda step: PROMPTS * 8, *how)
+    after = start.lm.state_dict()
+    moved = {key for key, x in before.items() if not torch.equal(x, after[key])}
+    assert moved == {key for key in after if ".adapters.policy." in key}
+    # to the last bit: the fresh adapter is none
+    assert run.history[0]["kl"] == 0 != run.history[-1]["kl"]
+    lora.save_adapter(run.policy.lm, "policy", tmp_path)
+    fresh = lora.load_adapter(small_lm().float(), "policy", tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(fresh(ids).logits, run.policy.lm(ids).logits)
+
+
+def test_nf4_has_the_published_levels_and_takes_the_nearest():
+    """As printed in appendix E of the paper."""
+    levels = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734]
+    levels += [-0.0910500, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098]
+    levels += [0.5626170, 0.7229568, 1.0]
+    assert lora.nf4_levels().tolist() == pytest.approx(levels, abs=2e-7)
+    x = torch.tensor([[2.0, -0.5, 0.3, 0.0], [-0.1, 0.1, 0.05, -0.03]])
+    codes, scales = lora.to_nf4(x, block=4)
+    assert scales.tolist() == pytest.approx([2.0, 0.1])
+    # -0.25 is nearest to -0.284, 0.15 to 0.161; 0.5 to 0.441 or 0.563: 0.441; -0.3
+    assert codes.tolist() == [[15, 4, 9, 7], [0, 15, 12, 4]]
+    wanted = [[2.0, -0.5688, 0.3219, 0.0], [-0.1, 0.1, 0.0441, -0.0284]]
+    assert torch.allclose(lora.from_nf4(codes, scales), torch.tensor(wanted), atol=1e-4)
+    with pytest.raises(ValueError, match="10 numbers are no whole blocks of 64"):
+        lora.to_nf4(torch.zeros(10))
+    assert not lora.from_nf4(*lora.to_nf4(torch.zeros(64))).any()

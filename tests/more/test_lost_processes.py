@@ -1,0 +1,90 @@
+"""When one of several processes is lost: all end, soon, with a sentence, for real."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ROOT, needs_posix, ours
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow, needs_posix]
+
+
+@pytest.fixture
+def start():
+    """Starts a module with these arguments; it is ended with the test."""
+    started = []
+
+    def begin(*words):
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, words)],
+            cwd=ROOT,
+            env=ours(OMP_NUM_THREADS="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def meet(start, what):
+    """The command, and its two processes as soon as they have met."""
+    command = start("tests.more.processes_at_work", what)
+    pids = command.stdout.readline().split()
+    assert len(pids) == 2, command.communicate()[1]
+    return command, [psutil.Process(int(pid)) for pid in pids]
+
+
+def end_within_seconds(processes):
+    return psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize(
+    "what, why",
+    [("raises", "ValueError: it rains"), ("is killed", "Signal 9 (SIGKILL)")],
+)
+def test_all_end_with_the_one_that_failed(start, survived, what, why):
+    command, processes = meet(start, what)
+    assert end_within_seconds(processes)
+    _, said = command.communicate(timeout=60)
+    first = said.partition("Root Cause")[2]
+    assert command.returncode == 1 and why in first
+    assert re.search(r"rank +: 1 ", first)
+    survived(f"two processes: one {what}", why)
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "KILL"])
+def test_who_ends_the_command_ends_all_processes(start, survived, name):
+    command, processes = meet(start, "waits")
+    command.send_signal(getattr(signal, f"SIG{name}"))
+    command.communicate(timeout=60)
+    assert end_within_seconds(processes)
+    survived(f"two processes: SIG{name} to the command", "all are gone")
+
+
+def test_one_process_goes_on_from_what_two_have_saved(start, series, survived):
+    """After 8 of 10 rollouts, and ends in a policy that has learnt."""
+    sizes = {"ppo_rollout_size": 64, "ppo_episodes": 640, "runs_dir": series[0].parent}
+    words = [word for x in sizes.items() for word in ("--set", "{}={}".format(*x))]
+    two = start("more.processes", "--processes", 2, *words)
+    next(line for line in two.stdout if " 9/10" in line)
+    two.send_signal(signal.SIGINT)
+    two.communicate(timeout=60)
+    said, wrong = start("more.processes", "--processes", 1, *words).communicate()
+    assert "PPO goes on after 8 of 10 rollouts" in said, wrong
+    folder = series[0] / "policy_processes"
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    assert len(history) == 10
+    assert history[-1]["score"] > history[0]["score"]
+    AutoModelForCausalLM.from_pretrained(folder)
+    survived("two processes: interrupted, then one process", "it goes on after 8")

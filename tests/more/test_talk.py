@@ -1,0 +1,203 @@
+"""Writing to two models: what is drawn, said and shown; and the boxes, clicked."""
+
+import copy
+import dataclasses
+import math
+import re
+from functools import partial
+from html import unescape
+
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+from more import talk as shown
+from more.labelling import Question
+from more.talk import BEFORE, Reply, Talk, steered, token_texts, visible
+from more.widgets import writing_box
+from practice.cells import import_cells
+from utils.data import load_tokenizer, pad
+from utils.models import RewardModel, freeze, load_causal_lm
+from utils.rollout import sample_responses
+from utils.runs import NOTEBOOKS, ROOT
+from utils.settings import TINY
+
+
+@pytest.fixture(scope="module")
+def talk(world):
+    """The tiny world's model, and a copy whose weights have moved a little."""
+    reference = load_causal_lm(world / "model")
+    policy = copy.deepcopy(reference)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    reward_model = RewardModel(copy.deepcopy(reference.base_model))
+    models = map(freeze, (reference, policy, reward_model))
+    return Talk(*models, load_tokenizer(world / "model"), TINY)
+
+
+def test_what_streams_is_what_sample_responses_draws(talk):
+    prompt = talk.encode("the film is")
+    assert prompt == talk.encode("  the film is \n")
+    for (name, lm), temperature in zip(talk.models.items(), (0.5, 1.0), strict=True):
+        generator = torch.Generator().manual_seed(3)
+        how = (talk.eos_id, TINY.max_new_tokens, temperature, generator)
+        ids, _, mask = sample_responses(lm, *pad([prompt], 0, side="left"), *how)
+        drawn = ids[0, -mask.shape[1] :][mask[0].bool()].tolist()
+        assert [*talk.stream(name, prompt, temperature, 3)] == drawn
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_reply_is_judged_as_by_hand(talk, temperature):
+    """From whole forward passes, at the temperature that PPO trained with."""
+    models = (*talk.models.values(), talk.reward_model, talk.tokenizer)
+    own = Talk(*models, dataclasses.replace(TINY, temperature=temperature))
+    for reply in own.write("the plot", seed=1).values():
+        prompt = talk.encode("the plot")
+        ids = torch.tensor([prompt + reply.tokens])
+        before, after = (
+            (lm(ids).logits[0] / temperature).log_softmax(dim=-1)
+            for lm in talk.models.values()
+        )
+        by_hand = (after - before)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        by_hand = by_hand[len(prompt) - 1 :]
+        assert reply.log_ratios == pytest.approx(by_hand.tolist(), abs=1e-4)
+        assert by_hand.abs().max() > 0.05
+        raw = talk.reward_model(ids, torch.ones_like(ids)).item()
+        assert reply.raw == pytest.approx(raw, abs=1e-5)
+        assert reply.reward == pytest.approx(2 / (1 + math.exp(-raw)) - 1, abs=1e-6)
+        text = talk.tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert reply.text == text and reply.ended == (ids[0, -1] == talk.eos_id)
+    cut = talk.reply(BEFORE, prompt, dull := talk.encode("is dull ."))
+    assert not cut.ended and cut.response == talk.tokenizer.decode(dull)
+
+
+def test_the_same_seed_draws_the_same_and_the_same_model_says_the_same(talk):
+    drawn = [talk.write("the film", seed=s) for s in (5, 5, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len({x[BEFORE].response for x in drawn}) > 2
+    one = talk.models[BEFORE]
+    same = Talk(one, one, talk.reward_model, talk.tokenizer, TINY).write("the film")
+    before, after = same.values()
+    assert before.response == after.response and set(after.log_ratios) == {0.0}
+    talk.write("dull " * 96)  # 128 places less the response's 32
+
+
+REFUSED = {
+    "the prompt is empty; write the first words": (" \n\t", {}),
+    "holds .*endoftext.*, which ends a text; take it": ("a <|endoftext|> b", {}),
+    "half a character": ("half \ud83d of it", {}),
+    "has 97 tokens, and the model reads 96 at most before a": ("dull " * 97, {}),
+    "temperature must be from 0.1 to 2, got 0": ("the film", {"temperature": 0.0}),
+    "from 0.1 to 2, got nan": ("the film", {"temperature": math.nan}),
+    "seed must be from 0 to 2147483647, got -1": ("the film", {"seed": -1}),
+}
+
+
+def test_what_cannot_be_read_is_named(talk):
+    for said, (prompt, changes) in REFUSED.items():
+        with pytest.raises(ValueError, match=said):
+            talk.write(prompt, **changes)
+
+
+@pytest.mark.parametrize("text", ["café 😀 naïve", "是 好 看", "plain words ."])
+def test_each_token_adds_its_letters_and_no_half_ones(talk, text):
+    texts, response = partial(token_texts, talk.tokenizer, [5, 6]), talk.encode(text)
+    pieces = texts([*response, talk.eos_id])
+    assert pieces[-1] == "EOS" and "".join(pieces[:-1]) == text
+    assert len(pieces) == len(response) + 1 and not any("\ufffd" in x for x in pieces)
+    # A response that breaks off in the middle of a letter hides nothing
+    assert "\ufffd" in "".join(texts(talk.encode("😀")[:-1]))
+
+
+def read(html):
+    """The text of a piece of HTML, and its tags."""
+    return unescape(re.sub("<[^>]*>", "", html)), re.findall(r"<(\w+)", html)
+
+
+def test_what_is_shown_is_escaped_and_coloured_by_its_sign_and_size():
+    pieces, ratios = [" <b>", "\x00", ' "it\'s"', "EOS"], [1.0, -0.5, -9.0, 0.0]
+    html = shown.shaded_html(pieces, ratios)
+    assert read(html) == (' <b>⟨U+0000⟩ "it\'s" EOS', ["span"] * 5)
+    # 0.6 at FULL_COLOUR, half at half of it, and no stronger beyond
+    assert re.findall(r'(\d+), \d+, \d+, ([\d.]+)\)" title="(\S+) nats"', html) == [
+        ("59", "0.30", "+1.00"), ("200", "0.15", "-0.50"),
+        ("200", "0.60", "-9.00"), ("200", "0.00", "+0.00"),
+    ]  # fmt: skip
+    text = shown.shaded_text([" so", " dull", "<i>", "EOS"], [0.04, -1.25, 0.05, 2])
+    assert text == " so dull[-1.2]<i>[+0.1] EOS[+2.0]"
+    with pytest.raises(ValueError, match="shorter"):
+        shown.shaded_html(["a", "b"], [0.0])
+    words = (["<script>alert(1)</script>"], [0.0], 0.0, 0.5, False)
+    reply = Reply("<u>", "<img src=x onerror=alert(1)>", [1], *words)
+    text, tags = read(shown.card(reply))
+    assert set(tags) == {"p", "b", "br", "span"}
+    assert text == f"<u>, reward +0.50<img src=x onerror=alert(1)>{words[0][0]} …"
+    assert visible("a\x00é 好\u202e👩") == "a⟨U+0000⟩é 好⟨U+202E⟩👩"
+    # What was steered is a mean over the places
+    pairs = [([1, 2, 1], [1.0, 0.0, 2.0]), ([2, 1, 3], [-3.0, 6.0, 8.0])]
+    pairs.append(([1, 2, 3], [1.0, -3.0, 9.0]))
+    replies = [Reply("", "", tokens, [], x, 0.0, 0.0, True) for tokens, x in pairs]
+    assert steered(replies, least=3) == {2: -2.0, 1: 2.5}
+    assert list(steered(replies, least=2)) == [2, 1, 3]
+
+
+def test_a_click_writes_and_a_bad_prompt_is_a_sentence(talk):
+    box = writing_box(talk, "the plot")
+    prompt, temperature, seed, button, _ = box.children
+    said = set()
+    assert temperature.min == pytest.approx(0.1) and button.description == "write"
+    for field, value, expected in (
+        (seed, 3, "the plot"),
+        (seed, 4, "reward"),
+        (prompt, "<b>", "&lt;b&gt;"),
+        (prompt, " ", "the prompt is empty; write"),
+    ):
+        field.value = value
+        button.click()
+        assert expected in box.result.data and "<b></b>" not in box.result.data
+        said.add(box.result.data)
+    assert len(said) == 4
+
+
+def test_a_blind_comparison_hides_sides_and_a_reader_follows_his_judge():
+    """Lesson 4's functions: balanced, in a random order, another for another seed."""
+    four = import_cells(NOTEBOOKS["4"], "blind-questions", "reader")
+    pairs = [(f"p{i}", f" old {i}", f" new {i}") for i in range(30)]
+    orders, places = set(), set()
+    for seed in range(50):
+        questions = four["blind_questions"]([("p", " x", " x"), *pairs], seed)
+        sides = tuple("old" in q.left for q in questions)
+        assert len(sides) == 20 and sum(sides) == 10
+        assert all({"old", "new"} == {q.left[1:4], q.right[1:4]} for q in questions)
+        orders.add(sides)
+        places.add(tuple(q.prompt for q in questions))
+    assert len(orders) == len(places) == 50
+    assert 10 < sum(order[0] for order in orders) < 40
+    ask = [Question("a", "b", "bb"), Question("a", "bbb", "b"), Question("a", "b", "c")]
+
+    def longer(texts):
+        return [len(text) for text in texts]
+
+    assert four["preferred"](ask, longer) == ["bb", "bbb", None]
+    taken = [four["simulated"](ask * 300, longer, seed) for seed in (0, 1)]
+    for texts in taken:
+        better = sum(x in ("bb", "bbb") for x in texts)
+        assert 540 < better < 600 and 120 < texts.count("c") < 180
+    assert taken[0] != taken[1]
+
+
+@pytest.mark.slow
+def test_a_box_is_shown_only_where_somebody_can_click():
+    """Who executes a notebook by program says that nobody answers; a browser not."""
+    show = "import ipywidgets, more.widgets; more.widgets.show(ipywidgets.Button())"
+    notebook = new_notebook(cells=[new_code_cell(show), new_code_cell(show)])
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(ROOT)}})
+    with client.setup_kernel():
+        for i, cell in enumerate(notebook.cells):
+            client.kc.allow_stdin = bool(i)
+            client.execute_cell(cell, i)
+    (alone,), (person,) = (cell.outputs for cell in notebook.cells)
+    assert "stands here when you run this yourself" in alone.text
+    assert person.output_type == "display_data"

@@ -1,0 +1,149 @@
+"""The driver: each run once, on after an interruption, equal numbers of episodes."""
+
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import pytest
+import torch
+
+from utils.settings import TINY, load_settings
+from workshop import measure
+from workshop.measure import KNOWN, Measurement, Runs, basis
+
+CALLS, BROKEN = [], []
+
+
+def one(settings, seed, name, n=100):
+    CALLS.append((name, seed))
+    if (name, seed) in BROKEN:
+        raise RuntimeError("out of memory")
+    return {"score": seed / 3, "episodes": n, "curves": {"kl": [seed]}}
+
+
+def where(settings, seed):
+    return {"process": os.getpid(), "threads": torch.get_num_threads()}
+
+
+def both(runs):
+    return {"race": runs("race", {name: (one, name) for name in "ab"})}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A thread in the place of processes, and nothing called yet."""
+    CALLS.clear()
+    BROKEN.clear()
+    pool = lambda n, start, **how: ThreadPoolExecutor(n)  # noqa: E731
+    monkeypatch.setattr(measure, "ProcessPoolExecutor", pool)
+
+
+@pytest.fixture
+def known(here, tmp_path, monkeypatch):
+    """One measurement, on the lessons as they are and models that are pretended."""
+    place = {name: TINY.folder / name for name in ("sft", "reward_model")}
+    for name, folder in place.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.json").write_text(name)
+    for room in ("utils", "practice", "more"):
+        shutil.copytree(measure.ROOT / room, tmp_path / room)
+    for notebook in measure.NOTEBOOKS.values():
+        shutil.copy(measure.ROOT / notebook, tmp_path / notebook)
+    found = lambda *_: [tmp_path / folder for folder in place.values()]  # noqa: E731
+    monkeypatch.setattr(measure, "find_artefacts", found)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setitem(KNOWN, "race", Measurement(both, "race.json", "35"))
+    return tmp_path
+
+
+def test_runs_take_turns_and_each_is_made_once(here, tmp_path):
+    BROKEN.append(("a", 1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        both(Runs(TINY, 2, 1, tmp_path))
+    assert CALLS == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    BROKEN.clear()
+    CALLS.clear()
+    for _ in range(2):  # what is there is not made again
+        found = both(Runs(TINY, 2, 1, tmp_path))["race"]
+        assert CALLS == [("a", 1)]
+    same = {"score": [0, 1 / 3], "episodes": [100] * 2, "curves": {"kl": [[0], [1]]}}
+    assert found == {"a": same, "b": same}
+    both(Runs(TINY, 3, 1, tmp_path))  # more seeds go on from there
+    assert CALLS[1:] == [("a", 2), ("b", 2)]
+
+
+def test_unequal_numbers_of_episodes_are_refused(here, tmp_path):
+    """As soon as two ways are there; and of what is taken up, too."""
+    ways = {"PPO": (one, "PPO", 2_560), "DPO": (one, "DPO", 5_120)}
+    said = "race: (PPO 2,560|DPO 5,120) and .* episodes cannot be compared"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            Runs(TINY, 3, 1, tmp_path)("race", ways)
+    Runs(TINY, 1, 1, tmp_path)("alone", {"PPO": (one, "PPO", 7)})  # another part
+
+
+def test_each_run_has_a_process_of_its_own(tmp_path):
+    found = Runs(TINY, 2, 2, tmp_path)("race", {"a": (where,)})["a"]
+    assert len({*found["process"], os.getpid()}) == 3
+    assert found["threads"] == [1, 1]
+
+
+def test_what_is_written(known, capsys):
+    argv = ["race", "--seeds", "2", "--set", "ppo_episodes=512"]
+    measure.main(argv)
+    found = json.loads((known / "race.json").read_text())
+    assert found.pop("command") == f"python -m workshop.measure {' '.join(argv)}"
+    assert found.pop("settings") == vars(load_settings("tiny", {"ppo_episodes": 512}))
+    assert found.pop("machine").keys() > {"cpu", "cores", "gpu", "torch"}
+    assert found.pop("commit") and found.pop("seeds") == 2
+    assert found["race"]["a"]["score"] == [0, 0.3333]
+    measure.main([*argv, "--output", str(known / "other.json")])
+    assert (known / "other.json").exists() and len(CALLS) == 4
+
+
+def test_an_edit_begins_anew(known):
+    """Of a lesson that is run, a module, a setting, a model; not of another lesson."""
+    race, seen = KNOWN["race"], set()
+
+    def new(settings=TINY):
+        seen.add(basis(race, settings))
+        return len(seen)
+
+    def edit(number):
+        path = known / measure.NOTEBOOKS[number]
+        notebook = nbformat.read(path, as_version=4)
+        next(c for c in notebook.cells if c.cell_type == "code").source += "\npass"
+        nbformat.write(notebook, path)
+
+    assert new() == new() == 1
+    edit("8")
+    assert new() == 1
+    edit("5")
+    assert new() == 2
+    for file in ("utils/ppo.py", "more/estimators.py", "runs/tiny/sft/metrics.json"):
+        before = len(seen)
+        (known / file).write_text((known / file).read_text() + " ")
+        assert new() == before + 1, file
+    assert new(load_settings("tiny", {"kl_coef": 0.3})) == 6
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("expected --seeds 1", "--seeds must be from 2 to 10, got 1"),
+        ("frontier --seeds 11", "--seeds must be from 2 to 10, got 11"),
+        ("speed --seeds 0", "--seeds must be from 1 to 10, got 0"),
+        ("race --processes 0", "--processes must be 1 or more, got 0"),
+        ("race --set ppo_episode=5", "the nearest is 'ppo_episodes'"),
+        ("real_run --set train_rows=many", "must be a whole number, got 'many'"),
+        ("adapters --set runs_dir=nowhere", "nowhere/tiny/sft is not there: run noteb"),
+        ("peaks", "invalid choice: 'peaks'"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before(capsys, words, says):
+    with pytest.raises(SystemExit):
+        measure.main(words.split())
+    assert re.search(says, capsys.readouterr().err)

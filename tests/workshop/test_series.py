@@ -1,0 +1,152 @@
+"""Whole runs of the series over several seeds, which are pretended."""
+
+import json
+import statistics
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from practice import tiny_world
+from utils.__main__ import parse
+from utils.models import load_causal_lm
+from utils.runs import NOTEBOOKS, STAGES
+from utils.settings import TINY, load_settings
+from workshop import series
+from workshop.measure import by_seed
+
+LINKS = "[a](utils/x.py), [b](https://b.c), [d](#d)"
+FIGURES_OF = dict(zip(STAGES, ("validation_perplexity", "accuracy", "kl"), strict=True))
+
+
+class Pretended:
+    """Runs that write what a run writes; `asked` are stages and their settings."""
+
+    def __init__(self, root):
+        self.root, self.asked, self.broken = root, [], None
+
+    def __call__(self, command, **_):
+        ((file, (_, settings)),) = parse(command[3:])[0].items()
+        stage = STAGES[int(file.name[0]) - 1]
+        if stage == self.broken:
+            return SimpleNamespace(returncode=1, stderr="KeyError: the cause")
+        self.asked.append((stage, settings))
+        folder = self.root / settings.folder
+        (folder / stage).mkdir(parents=True)
+        says = f"*The outputs on this page are of {settings.seed}.*\n\n{LINKS}"
+        streams = [new_output("stream", name=x, text=x) for x in ("stdout", "stderr")]
+        cells = [new_markdown_cell(says), new_code_cell("x](y)", outputs=streams)]
+        nbformat.write(new_notebook(cells=cells), folder / file.name)
+        metrics = {"before": {}, "after": {FIGURES_OF[stage]: settings.seed / 2}}
+        if stage == "policy":
+            metrics["before"] = {"kl": 1.0}
+            metrics["history"] = [{"approx_kl": 0.25}, {"approx_kl": 0.5}]
+        (folder / stage / "metrics.json").write_text(json.dumps(metrics))
+        return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    runs = Pretended(tmp_path)
+    monkeypatch.setattr(series, "ROOT", tmp_path)
+    monkeypatch.setattr(series.subprocess, "run", runs)
+    return runs
+
+
+def runs_in(folder, settings, seeds, **more):
+    """In the place of `Runs`: each run is made here."""
+
+    def runs(part, ways, numbers=range(seeds)):
+        return {
+            name: by_seed([run(settings, seed, *rest) for seed in numbers])
+            for name, (run, *rest) in ways.items()
+        }
+
+    runs.settings, runs.seeds, runs.folder = settings, seeds, folder
+    vars(runs).update(more)
+    return runs
+
+
+def test_a_seed_is_run_where_it_stopped(pretended, tmp_path):
+    settings = load_settings("full", {"train_rows": 100, "model_name": "some/model"})
+    pretended.broken = "policy"
+    with pytest.raises(RuntimeError, match="(?s)seed 42 failed.*KeyError: the cause"):
+        series.whole_run(settings, 42, "made")
+    pretended.broken = None
+    for _ in range(2):
+        found = series.whole_run(settings, 42, "made")
+        own = settings.changes | {"runs_dir": "made/42"}
+        assert pretended.asked == [(x, load_settings("full", own)) for x in STAGES]
+    after = {"validation_perplexity": 21.0, "accuracy": 21.0, "kl": 21.0}
+    assert (found["before"], found["after"]) == ({"kl": 1.0}, after)
+    assert found["first_approx_kl"] == 0.25
+    assert found["seconds"].keys() == found["peak_gib"].keys() == set(STAGES)
+
+
+def test_what_a_run_took_is_measured(tmp_path, monkeypatch):
+    """That of its children too: one that holds a GiB and computes for a while."""
+    code = "import time; x = b'x' * 2**30; t = time.process_time()\n"
+    code += "while time.process_time() - t < 0.3: pass\n"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    run = series.subprocess.run
+
+    def computing(command, **options):
+        Pretended(tmp_path)(command)
+        return run([command[0], "-c", nested], **options | {"cwd": tmp_path})
+
+    monkeypatch.setattr(series, "ROOT", tmp_path)
+    monkeypatch.setattr(series.subprocess, "run", computing)
+    found = series.whole_run(load_settings("full"), 42, "made")
+    assert all(0.3 <= x < 5 for x in found["seconds"].values())
+    assert all(1 <= x < 2 for x in found["peak_gib"].values())
+
+
+def test_the_tiny_preset_has_a_model_for_each_seed(
+    pretended, world, tmp_path, monkeypatch
+):
+    """And mean and standard deviation of what came out."""
+    monkeypatch.setitem(tiny_world.PRETRAINING, "steps", 1)
+    monkeypatch.setattr(series.tiny_world, "build_world", lambda folder: world)
+    found = series.expected(runs_in(tmp_path / "made", TINY, 2))["figures"]
+    assert found["kl"] == [0.25, pytest.approx(statistics.stdev([0, 0.5]))]
+    runs = [
+        load_settings("tiny", {"seed": i, "runs_dir": f"{tmp_path}/made/{i}"})
+        for i in (0, 1)
+    ]
+    assert pretended.asked == [(stage, own) for own in runs for stage in STAGES]
+    models = [load_causal_lm(own.model_name) for own in runs] + [
+        load_causal_lm(str(world / "model"))
+    ]
+    one, other, own = (lm.lm_head.weight for lm in models)
+    assert one.shape == other.shape == own.shape
+    assert not one.equal(other) and not other.equal(own)
+
+
+def test_the_page_of_a_real_run(pretended, tmp_path):
+    head = {"command": "python -m x", "commit": "abc", "seeds": 2}
+    head["machine"] = {"cpu": "A chip", "cores": 2, "torch": "2.13"}
+    folder, settings = tmp_path / "docs", load_settings("full", {"train_rows": 100})
+    folder.mkdir()
+    more = {"output": folder / "results.json", "head": head}
+    found = series.real_run(runs_in(tmp_path / "made", settings, 2, **more))
+    assert [own.seed for _, own in pretended.asked] == [42] * 3 + [43] * 3
+    assert found["figures"] == {
+        "validation_perplexity": {"after": [21.0, 21.5]},
+        "accuracy": {"after": [21.0, 21.5]},
+        "kl": {"before": [1.0, 1.0], "after": [21.0, 21.5]},
+    }
+    page = (folder / "README.md").read_text()
+    assert "on SST-2. Seeds: 2; of" in page
+    assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page
+    kl = "| KL to the reference [nats per response] | 1.00 | 21.25 (21.00 to 21.50) |"
+    assert kl in page and "policy by 0.250 nats" in page
+    assert page.endswith("Written at commit abc by\n\n    python -m x\n")
+    for number in "123":
+        first, second = nbformat.read(folder / NOTEBOOKS[number], 4).cells
+        assert first.source == (
+            "*A real model's run, by `python -m x`.*\n\n"
+            "[a](../../utils/x.py), [b](https://b.c), [d](#d)"
+        )
+        assert second.source == "x](y)"
+        assert [output.text for output in second.outputs] == ["stdout"]

@@ -1,0 +1,150 @@
+"""The loops do the same work, are timed by phase, and are added up right."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from utils.models import PolicyWithValueHead
+from utils.rollout import evaluate_responses, response_logprobs, sample_responses
+from utils.runs import ROOT
+from utils.settings import FULL
+from workshop import loops, speed, work
+
+PAGE = (ROOT / "docs/speed.md").read_text("utf8")
+
+
+@pytest.fixture(scope="module")
+def settings(world, tmp_path_factory):
+    """Those of a model of a few weights, and small rollouts."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "world").symlink_to(world)
+    work.build_model(folder / "speed", n_layer=1, n_head=2, n_embd=8, n_positions=32)
+    sizes = {"ppo_rollout_size": 8, "ppo_episodes": 16, "ppo_minibatch_size": 4}
+    return dataclasses.replace(
+        FULL,
+        model_name=str(folder / "speed"),
+        dataset_name=str(world / "dataset"),
+        precision="float32",
+        max_new_tokens=5,
+        max_approx_kl=0.0,
+        ppo_epochs=4,
+        ppo_micro_batch_size=4,
+        **sizes,
+    )
+
+
+@pytest.fixture(scope="module")
+def given(settings):
+    return work.Work(settings, 0)
+
+
+@pytest.mark.parametrize("name", ["ours", "naive", "trl"])
+def test_every_loop_is_timed_by_phase_and_takes_the_same_steps(settings, name):
+    if name == "trl":
+        reason = "pip install -r workshop/speed-requirements.txt"
+        pytest.importorskip("trl.experimental.ppo", reason=reason)
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    try:
+        found = speed.timed(settings, 0, name)
+    finally:
+        hook.remove()
+    assert set(found) == {*speed.PHASES, "memory", "episodes"}
+    assert min(found.values()) > 0 and found["episodes"] == 16
+    assert len(steps) == 2 * 4 * 2  # rollouts, epochs, minibatches
+
+
+def test_the_naive_parts_give_what_ours_give(given):
+    """No response ends before its last slot; prompts of one, two and seven tokens."""
+    policy = PolicyWithValueHead(given.reference)
+    torch.nn.init.normal_(policy.value_head.weight)
+    prompts, slow = (
+        [row[:n] for row, n in zip(given.prompts[:3], (1, 2, 7), strict=True)],
+        {},
+    )
+    slow.update(loops.slow_parts(given))
+    batch = work.pad(prompts, given.stop_id, side="left")
+    how = given.stop_id, 5, 1.0, torch.Generator().manual_seed(0)
+    for sample in (slow["sample_responses"], sample_responses):
+        texts = sample(given.reference, *batch, *how)
+        assert texts[0].shape == texts[1].shape and texts[2].shape == (3, 5)
+        assert texts[2].all() and texts[1][:, -5:].all()
+    near = {"rtol": 0, "atol": 1e-5}
+    with torch.no_grad():
+        pairs = [
+            (slow["score"](*texts)[1], given.score(*texts)[1]),
+            (
+                slow["response_logprobs"](given.reference, *texts, 0.7),
+                response_logprobs(given.reference, *texts, 0.7),
+            ),
+            *zip(
+                slow["evaluate_responses"](policy, *texts, 1.0),
+                evaluate_responses(policy, *texts, 1.0),
+                strict=True,
+            ),
+        ]
+    for theirs, ours in pairs:
+        assert ours.std() > 1e-3
+        torch.testing.assert_close(theirs, ours, **near)
+
+
+def test_a_watch_gives_each_second_to_one_phase(monkeypatch):
+    time = iter(range(100))
+    monkeypatch.setattr(work.Watch, "now", lambda self: next(time))
+    watch = work.Watch(torch.device("cpu"))  # 0: log-probs from here on
+    inner = watch.timed("generate", lambda: None)
+    watch.timed("update", inner)()  # 1 to update, 2 to generate, 3 and 4 back
+    watch.rollout_done()  # 5
+    assert watch.rollouts == [{"log-probs": 1 + 1, "update": 1 + 1, "generate": 1}]
+
+
+def loop(*totals):
+    """Rounds of so many seconds, half of them in the update."""
+    quarter, half = [x / 4 for x in totals], [x / 2 for x in totals]
+    zeros = [0.0] * len(totals)
+    times = zip(speed.PHASES, (quarter, zeros, quarter, half), strict=True)
+    return {**dict(times), "memory": [1.5] * len(totals)}
+
+
+MADE_UP = {
+    "settings": {"prompt_max_tokens": 7, "max_new_tokens": 10, "ppo_epochs": 4},
+    "machine": {"cpu": "x", "cores": 2, "gpu": None, "torch": "1", "transformers": "2"},
+    "model": {"layers": 1, "width": 10, "words": 100},
+    "commit": "abc",
+    "seeds": 3,
+    "ceiling": [1e6, 2e6, 1e5],
+    "loops": {"ours": loop(750, 1500, 1125), "naive": loop(1500, 4500, 5625)},
+}
+MADE_UP["settings"] |= {"ppo_rollout_size": 4, "ppo_minibatch_size": 2}
+
+
+def test_the_table_by_hand():
+    text = speed.table(MADE_UP)
+    row = "| ours | 281.2 | 0.0 | 281.2 | 562.5 | 1,125.0 (750.0 to 1,500.0) | 1.00"
+    assert row in text
+    assert (
+        "4,500.0 (1,500.0 to 5,625.0) | 3.00 | 1.50" in text
+    )  # 2, 3, 5 round by round
+    # 12 weights a layer and width squared, (2 + 7) / 2 + 10 tokens, 4 + 3 * 4 passes
+    trunk, projection = 2 * 12 * 100 * 14.5 * 16, 2 * 100 * 10 * 10 * 15
+    share = 1000 * (trunk + projection) / 1e6 / 1125
+    assert f"| {share:.0%} |" in text
+    page = "a\n<!-- docs/x.json -->\nold\n<!-- end -->\nb\n<!-- docs/y.json -->"
+    assert speed.with_table(page, "docs/y.json", MADE_UP) == page
+    new = f"a\n<!-- docs/x.json -->\n{text}<!-- end -->\nb\n<!-- docs/y.json -->"
+    assert speed.with_table(page, "docs/x.json", MADE_UP) == new
+
+
+def test_a_ceiling_is_a_rate(settings):
+    assert 1e7 < speed.ceiling(settings, 0)["rate"] < 1e14
+
+
+@pytest.mark.parametrize("name", ["speed", "speed-real"])
+def test_the_page_quotes_what_was_measured(name):
+    found = json.loads((ROOT / f"docs/{name}.json").read_text("utf8"))
+    assert speed.with_table(PAGE, f"docs/{name}.json", found) == PAGE
+    assert re.search(rf"<!-- docs/{name}.json -->\n\w", PAGE)

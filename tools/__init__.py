@@ -1,1 +1,0 @@
-"""For maintainers: names in links, pictures, expected figures."""

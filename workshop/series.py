@@ -1,0 +1,164 @@
+"""What notebooks 1 to 3 give over several seeds: the tiny preset, and a real model."""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import nbformat
+
+from more.common import write_text
+from practice import tiny_world
+from utils.data import load_tokenizer
+from utils.evaluation import FIGURES
+from utils.runs import NOTEBOOKS, ROOT, STAGES
+
+
+def whole_run(settings, seed, folder: str) -> dict:
+    """Notebooks 1 to 3 with this seed: their figures, and what each of them took.
+
+    That is seconds of the processors, not of the clock, which also counts what else the
+    machine was doing; and the memory of the largest process so far [GiB]. What is in
+    `folder` is not run again. Raises RuntimeError, with its last words, if one fails.
+    """
+    import resource  # Windows has none
+
+    found = {"before": {}, "after": {}, "seconds": {}, "peak_gib": {}}
+    for number, stage in zip("123", STAGES, strict=True):
+        made = ROOT / folder / str(seed) / settings.preset / stage
+        cost = made.with_name(f"{stage}-cost.json")
+        if not (cost.exists() and made.exists()):
+            command = [sys.executable, "-m", "utils", "--preset", settings.preset]
+            changes = {"seed": seed, "runs_dir": f"{folder}/{seed}"}
+            for name, value in (settings.changes | changes).items():
+                command += ["--set", f"{name}={value}"]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command += ["--only", number]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"seed {seed} failed:\n{done.stderr[-3000:]}")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = (
+                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            )
+            spent = {"seconds": seconds, "peak_gib": after.ru_maxrss / 2**20}  # of KiB
+            write_text(cost, json.dumps(spent))
+        metrics = json.loads((made / "metrics.json").read_text())
+        for when in ("before", "after"):
+            found[when] |= metrics.get(when, {})
+        for name, x in json.loads(cost.read_text()).items():
+            found[name][stage] = x
+    # Of PPO, the last one
+    return found | {"first_approx_kl": metrics["history"][0]["approx_kl"]}
+
+
+def tiny_run(settings, seed, folder: str) -> dict:
+    """The tiny preset, from a model that was pre-trained with a seed of its own.
+
+    Another processor rounds otherwise, so the model that it builds for the tiny world
+    is another one, too.
+    """
+    world = ROOT / folder / str(seed) / settings.preset / "world"
+    if not world.exists():
+        beside = world.with_name("world.unfinished")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(tiny_world.build_world(ROOT / tiny_world.WORLD), beside)
+        tokenizer = load_tokenizer(beside / "model")
+        model = tiny_world.pretrain(tokenizer, show_progress=False, seed=1000 + seed)
+        model.save_pretrained(beside / "model")
+        beside.rename(world)
+    return whole_run(settings, seed, folder)
+
+
+def expected(runs) -> dict:
+    """Mean and standard deviation of every figure of the tiny preset after training.
+
+    Every run of the preset shows its own figures beside mean ± 4 standard deviations.
+    """
+    found = runs("seeds", {"tiny": (tiny_run, str(runs.folder))})["tiny"]["after"]
+    return {
+        "figures": {
+            name: [statistics.mean(values), statistics.stdev(values)]
+            for name, values in found.items()
+        }
+    }
+
+
+PAGE = """# What a real model's run looks like
+
+The preset `full` on a real model of GPT-2's size and on SST-2. Seeds: {seeds}; of
+several, the mean, and the least and the most. The notebooks here are the first seed's.
+
+{table}
+
+The first update moved the policy by {first} nats per token (`approx_kl`).
+
+{cpu}, {cores} cores, PyTorch {torch}. A seed took {cost}, in seconds of one
+processor; peak memory {peak_gib:.1f} GiB. Written at commit {commit} by
+
+    {command}
+"""
+LOCAL_LINK = re.compile(r"\]\((?!https?:|#)")
+OUTPUTS = re.compile(r"^\*The outputs on this page .*\*$", re.M)
+
+
+def spread(values: list[float], spec: str, middle=statistics.fmean) -> str:
+    """The mean over the seeds, and the least and the most if they differ."""
+    low, high = format(min(values), spec), format(max(values), spec)
+    text = format(middle(values), spec)
+    return text if low == high else f"{text} ({low} to {high})"
+
+
+def page(found: dict) -> str:
+    """What was measured, as Markdown."""
+    lines, figures = ["| | before | after |", "|---|---:|---:|"], found["figures"]
+    for name, (description, spec) in FIGURES.items():
+        if each := figures.get(name):
+            old = spread(each["before"], spec) if "before" in each else ""
+            lines.append(f"| {description} | {old} | {spread(each['after'], spec)} |")
+    seconds = [f"{spread(x, ',.0f')} for {n}" for n, x in found["seconds"].items()]
+    said = {"table": "\n".join(lines), "cost": ", ".join(seconds).replace("_", " ")}
+    first = spread(found["first_approx_kl"], ".3f")
+    return PAGE.format(**found, **found["machine"], **said, first=first)
+
+
+def as_shown(notebook, command: str):
+    """An executed notebook as it stands in docs/real-run.
+
+    Its links lead from there to the same places, its first cell says what it is, and
+    no warning names a folder of the machine that it ran on.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LOCAL_LINK.sub("](../../", cell.source)
+        else:
+            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+    title = notebook.cells[0]
+    title.source = OUTPUTS.sub(f"*A real model's run, by `{command}`.*", title.source)
+    return notebook
+
+
+def real_run(runs) -> dict:
+    """The preset `full`: figures, seconds and memory, with a page and the notebooks.
+
+    For `--set model_name=...`; with HF_HUB_OFFLINE or HF_ENDPOINT set, model and data
+    come from there. The seeds are the preset's own and those after it.
+    """
+    first, folder = runs.settings.seed, runs.output.parent
+    ways = {"full": (whole_run, str(runs.folder))}
+    found = runs("seeds", ways, range(first, first + runs.seeds))["full"]
+    figures = {}
+    for when in ("before", "after"):
+        for name, values in found.pop(when).items():
+            figures.setdefault(name, {})[when] = values
+    found["peak_gib"] = max(max(x) for x in found["peak_gib"].values())
+    found |= {"figures": figures}
+    (folder / "README.md").write_text(page(runs.head | found), "utf8")
+    for number in "123":
+        name = NOTEBOOKS[number]
+        executed = nbformat.read(runs.folder / str(first) / "full" / name, 4)
+        executed = as_shown(executed, runs.head["command"])
+        (folder / name).write_text(nbformat.writes(executed) + "\n", "utf8")
+    return found

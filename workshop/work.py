@@ -1,0 +1,129 @@
+"""The work that every loop of PPO gets, and the watch that times it."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from utils.data import load_reviews, load_tokenizer, make_prompts, pad
+from utils.models import (
+    RewardModel,
+    freeze,
+    hidden_states,
+    load_causal_lm,
+    vocabulary_logits,
+)
+from utils.rollout import sample_responses
+from utils.training import get_device, seed_everything
+
+
+def build_model(folder: Path, **sizes):
+    """A randomly initialised model in GPT-2's shape, with the tiny world's tokenizer.
+
+    Its vocabulary is GPT-2's in size: most of its words never occur, and all of them
+    cost.
+    """
+    tokenizer = load_tokenizer(folder.parent / "world/model")
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    sizes = sizes or {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256}
+    config = GPT2Config(**sizes, **ends)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Work:
+    """Models, prompts and settings; the same for every loop, in every process.
+
+    No response ends before its last slot: the stop token is one that the model never
+    writes. So all loops have the same number of tokens to work on.
+    """
+
+    def __init__(self, settings, seed: int):
+        self.settings, self.seed = settings, seed
+        self.device, self.model = get_device(settings), settings.model_name
+        self.tokenizer = load_tokenizer(self.model)
+        self.reference = freeze(load_causal_lm(self.model, self.device))
+        torch.manual_seed(0)
+        reward = RewardModel.from_pretrained(self.model)
+        self.reward = freeze(reward.to(self.device))
+        sentences = list(load_reviews(settings)["train"]["sentence"])
+        self.prompts = make_prompts(sentences, self.tokenizer, settings, seed)
+        self.stop_id, self.pad_id = self.unlikely()
+        self.scale = self.scale_of_scores()
+        seed_everything(seed)
+
+    @torch.no_grad()
+    def unlikely(self) -> list[int]:
+        """The two tokens that are least likely to follow the prompts."""
+        texts = (x.to(self.device) for x in pad(self.prompts[:64], 0, side="left"))
+        last = hidden_states(self.reference.base_model, *texts)[:, -1]
+        probs = vocabulary_logits(self.reference, last).softmax(-1).mean(0)
+        known = probs[: len(self.tokenizer)]  # a model may have words to spare
+        return known.topk(2, largest=False).indices.tolist()
+
+    @torch.no_grad()
+    def scale_of_scores(self) -> tuple[float, float]:
+        """Mean and spread of the raw score over texts of the reference."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        texts = (x.to(self.device) for x in pad(self.prompts[:64], 0, side="left"))
+        how = self.settings.max_new_tokens, self.settings.temperature, generator
+        ids, mask, _ = sample_responses(self.reference, *texts, self.stop_id, *how)
+        raw = self.reward(ids, mask)
+        return raw.mean().item(), raw.std().item()
+
+    def prompts_of(self, step: int) -> list[list[int]]:
+        """The prompts of one rollout."""
+        size = self.settings.ppo_rollout_size
+        places = range(step * size, (step + 1) * size)
+        return [self.prompts[i % len(self.prompts)] for i in places]
+
+    def score(self, ids, attention_mask, mask):
+        """Raw and normalised score of sampled texts."""
+        raw = self.reward(ids, attention_mask)
+        return raw, self.normalised(raw)
+
+    def normalised(self, raw):
+        """The score that PPO maximises, from the reward model's logit."""
+        mean, std = self.scale
+        return (raw - mean) / std
+
+
+class Watch:
+    """Seconds by phase, rollout by rollout."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rollouts = device, []  # a Counter of each
+        self.phase, self.phases, self.since = "log-probs", Counter(), self.now()
+
+    def now(self) -> float:
+        """The time when all that was asked of a GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def switch(self, phase: str) -> str:
+        """From now on time goes to this phase; returns the one before."""
+        now, before = self.now(), self.phase
+        self.phases[before] += now - self.since
+        self.phase, self.since = phase, now
+        return before
+
+    def timed(self, phase: str, function):
+        """The function, whose time goes to this phase."""
+
+        def wrapped(*arguments, **options):
+            before = self.switch(phase)
+            found = function(*arguments, **options)
+            self.switch(before)
+            return found
+
+        return wrapped
+
+    def rollout_done(self):
+        """One rollout and its update are done."""
+        self.switch("log-probs")
+        self.rollouts.append(self.phases)
+        self.phases = Counter()
