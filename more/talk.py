@@ -8,22 +8,24 @@ call the same functions.
 
 import html
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
-from utils.data import clean, encode
-from utils.models import hidden_states, vocabulary_logits
-from utils.rollout import draw, response_logprobs, squash
+from utils.data import clean, encode, pad
+from utils.rollout import (
+    response_logprobs,
+    response_tokens,
+    sample_responses,
+    squash,
+)
 
 BEFORE, AFTER = "before PPO", "after PPO"
 LIKELIER, LESS_LIKELY = "59, 111, 182", "200, 85, 61"  # the plots' blue and red
 FULL_COLOUR = 2.0  # a log-ratio that is painted as strongly as any [nats]
 EOS = "EOS"  # how the token that ends a text is shown
 TEMPERATURES = (0.1, 2.0)
-LARGEST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -93,34 +95,6 @@ class Talk:
         return ids
 
     @torch.no_grad()
-    def stream(
-        self, name: str, prompt: list[int], temperature: float, seed: int
-    ) -> Iterator[int]:
-        """The tokens of one response, as they are drawn: those of `sample_responses`.
-
-        Raises ValueError for a temperature or a seed out of range.
-        """
-        low, high = TEMPERATURES
-        if not low <= temperature <= high:
-            raise ValueError(
-                f"temperature must be from {low:g} to {high:g}, got {temperature}"
-            )
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
-        lm = self.models[name]
-        generator = torch.Generator(lm.device).manual_seed(int(seed))
-        new = text = torch.tensor([prompt], device=lm.device)
-        cache = DynamicCache(config=lm.config)
-        for _ in range(self.settings.max_new_tokens):
-            hidden = hidden_states(lm.base_model, new, torch.ones_like(text), cache)
-            logits = vocabulary_logits(lm, hidden[:, -1]) / temperature
-            new = draw(logits.softmax(dim=-1), generator)[None]
-            text = torch.cat([text, new], dim=1)
-            yield new.item()
-            if new.item() == self.eos_id:
-                return
-
-    @torch.no_grad()
     def reply(self, name: str, prompt: list[int], response: list[int]) -> Reply:
         """What all models say of a response to a prompt, both as token ids.
 
@@ -150,13 +124,22 @@ class Talk:
         """A response of each model to the prompt, from the same random numbers.
 
         As long as the two models agree, the same numbers draw the same tokens. Raises
-        ValueError as `encode` and `stream` do.
+        ValueError as `encode` does, and for a temperature out of range.
         """
-        ids = self.encode(prompt)
-        return {
-            name: self.reply(name, ids, [*self.stream(name, ids, temperature, seed)])
-            for name in self.models
-        }
+        low, high = TEMPERATURES
+        if not low <= temperature <= high:
+            raise ValueError(
+                f"temperature must be from {low:g} to {high:g}, got {temperature}"
+            )
+        ids, replies = self.encode(prompt), {}
+        for name, lm in self.models.items():
+            text = (x.to(lm.device) for x in pad([ids], self.eos_id, side="left"))
+            generator = torch.Generator(lm.device).manual_seed(seed)
+            how = self.eos_id, self.settings.max_new_tokens, temperature, generator
+            drawn, _, mask = sample_responses(lm, *text, *how)
+            (response,) = response_tokens(drawn, mask)
+            replies[name] = self.reply(name, ids, response)
+        return replies
 
 
 def token_texts(tokenizer, prompt: list[int], response: list[int]) -> list[str]:

@@ -6,7 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from more.common import best_possible, check_group, gain_in_objective
+from more.common import (
+    best_possible,
+    check_group,
+    gain_in_objective,
+    interval_95,
+)
 from more.estimators import (
     grpo_advantages,
     grpo_loss,
@@ -120,3 +125,14 @@ def test_the_best_possible_by_hand():
     assert gain_in_objective(2.0, 3.0, scores, 0.0) == {"objective": 2.0}
     with pytest.raises(ValueError, match="above 0, got 0.0; without a price"):
         best_possible(scores, 0.0)
+
+
+def test_an_interval_is_students():
+    """By his table: 12.706 for two runs, whose mean is 1 from each; 2.262 for ten."""
+    mean, half = interval_95(torch.tensor([[1.0], [3.0]]))
+    assert (mean.item(), half.item()) == pytest.approx((2.0, 12.706), abs=1e-3)
+    ten = torch.arange(10.0)
+    wide = 2.262 * ten.std().item() / math.sqrt(10)
+    assert interval_95(ten)[1].item() == pytest.approx(wide, abs=1e-3)
+    with pytest.raises(ValueError, match="2 runs or more, got 1"):
+        interval_95(torch.ones(1))
