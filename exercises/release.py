@@ -1,12 +1,16 @@
 """Write the student versions of the exercises: `python -m exercises.release`.
 
-nbgrader's `generate_assignment` for each source: it takes solutions, hidden tests and
-outputs out, and enters the exercise in the gradebook, which autograding needs.
+What nbgrader's `generate_assignment` does, for all sources: it takes solutions, hidden
+tests and outputs out, and enters the exercises in the gradebook, which autograding
+needs.
 """
 
-import subprocess
+import os
 import sys
 from pathlib import Path
+
+from nbgrader.apps import NbGraderAPI
+from traitlets.config.loader import PyFileConfigLoader
 
 COURSE = Path(__file__).parent
 
@@ -14,11 +18,20 @@ COURSE = Path(__file__).parent
 def release(course: Path = COURSE):
     """Write `release/<exercise>/<exercise>.ipynb` for each source.
 
-    Raises CalledProcessError if nbgrader refuses one; it has said why.
+    Raises RuntimeError, with nbgrader's words, if it refuses one.
     """
-    for source in sorted(course.glob("source/*/*.ipynb")):
-        command = [sys.executable, "-m", "nbgrader", "generate_assignment", source.stem]
-        subprocess.run([*command, "--force", "--create"], cwd=course, check=True)
+    # nbgrader calls a command that is installed beside Python
+    os.environ["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    config = PyFileConfigLoader("nbgrader_config.py", path=str(course)).load_config()
+    for source in sorted((course / "source").glob("*/*.ipynb")):
+        api = NbGraderAPI(config=config)
+        done = api.generate_assignment(source.stem, force=True, create=True)
+        if not done["success"]:
+            said = f"{done.get('error')} {done.get('log')}"
+            raise RuntimeError(f"nbgrader refuses the exercise {source.stem}: {said}")
+        print("written:", course / "release" / source.stem)
 
 
 if __name__ == "__main__":

@@ -101,11 +101,10 @@ def train_together(settings):
     checkpoint.path = settings.folder / "ppo_processes.pt"
     with state.main_process_first():  # it renames one of another run
         checkpoint.restore()
-    tracker = runs.start_tracker(settings) if state.is_main_process else None
+    log = runs.start_tracker(settings) if state.is_main_process else None
 
     def pause(step):
-        if tracker:
-            tracker.log(run.history[-1], step=step)
+        log(run.history[-1], step)
         checkpoint.save()
 
     three.train(run, *given, *how, pause if state.is_main_process else None, collect)

@@ -352,16 +352,30 @@ class Checkpoint:
 
 
 def start_tracker(settings):
-    """accelerate's tracker for what `log_to` names; None if that is empty."""
-    if not settings.log_to:
-        return None
+    """A function (figures, step) that sends figures to the tracker that `log_to` names.
+
+    Without one it does nothing. Raises RuntimeError if the tracker cannot start; if it
+    fails later, that is a warning.
+    """
+    name = settings.log_to
+    if not name:
+        return lambda figures, step: None
     from accelerate import Accelerator
 
-    tracker = Accelerator(log_with=settings.log_to, project_dir=settings.folder)
-    tracker.init_trackers("rlhf-notebooks", {"preset": settings.preset})
-    if not tracker.trackers:
-        raise ModuleNotFoundError(
-            f"log_to is {settings.log_to!r}, which is not here; pip install "
-            f"{settings.log_to}, or set it to ''"
-        )
-    return tracker
+    try:
+        accelerator = Accelerator(log_with=name, project_dir=settings.folder)
+        accelerator.init_trackers("rlhf-notebooks", {"preset": settings.preset})
+        if not accelerator.trackers:
+            raise ModuleNotFoundError(f"pip install {name}")
+    except Exception as error:
+        said = f"cannot send figures to {name!r} ({innermost(error)}); install it, log "
+        raise RuntimeError(f"{said}in to it, or set log_to to ''") from error
+
+    def log(figures, step):
+        try:
+            accelerator.log(figures, step=step)
+        except Exception as error:
+            said = f"{name} did not take the figures of step {step}"
+            warnings.warn(f"{said} ({innermost(error)})", stacklevel=2)
+
+    return log

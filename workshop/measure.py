@@ -74,7 +74,7 @@ def origin() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"commit": done.stdout.strip(), "machine": machine}
+    return {"commit": done.stdout.strip() or "unknown", "machine": machine}
 
 
 def basis(measurement: Measurement, settings: Settings) -> str:

@@ -171,7 +171,6 @@ def test_a_pause_looks_draws_and_says_once(monkeypatch):
 
     checkpoint = SimpleNamespace(restore=lambda: None, **vars(note("save", len_of_run)))
     monkeypatch.setattr(runs, "Checkpoint", lambda *_: checkpoint)
-    monkeypatch.setattr(runs, "start_tracker", lambda _: note("log", len_of_run))
     unused = ["prompts_of", "score", "reference", "reward_model", "train_prompts"]
     names = {"settings": dataclasses.replace(SETTINGS, ppo_episodes=4 * 24), "run": run}
     names |= {"evaluate": lambda *_, **__: ({"kl": 0.0}, [1] * 9), "held_out": PROMPTS}
@@ -180,6 +179,7 @@ def test_a_pause_looks_draws_and_says_once(monkeypatch):
         cells = import_cells(NOTEBOOK, "checkpoint", "snapshot", "pause", names=names)
         cells["tqdm"] = note("write", lambda given: given[0])
         cells["display"] = lambda **_: note("update", lambda given: list(given[0]))
+        cells["log"] = lambda figures, step: did["log"].append(len(run.history))
         cells["curves"]["next"] = 0  # so that it is time
         for step in steps:
             run.history = [row] * step

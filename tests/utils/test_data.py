@@ -10,8 +10,10 @@ from collections import Counter
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import refused
 from utils import data
@@ -276,6 +278,23 @@ def test_prompts_are_beginnings_of_long_sentences_only(adding, tokenizer):
         assert 2 <= len(one) <= 7 and long[0].startswith(tokenizer.decode(one))
     says = "1 sentences has 9 words.*prompt_max_tokens"
     refused(says, data.make_prompts, ["never dull"], tokenizer, TINY, seed=0)
+
+
+def test_no_prompt_ends_within_a_letter():
+    """Tokens that are bytes, as GPT-2's are where a letter is rare: 好 is three."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate([*alphabet, "EOS"])}
+    backend = Tokenizer(BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="EOS")
+    texts = [f"{letter} a b c d e f g h" for letter in ("好" * 9, "é" * 9, "ab" * 5)]
+    found = set()
+    for seed in range(40):
+        prompts = data.make_prompts(texts, tokenizer, TINY, seed)
+        found |= set(map(tokenizer.decode, prompts))
+    assert {"好", "好好", "é", "ééé"} <= found and {"ab", "aba", "ababa"} <= found
+    assert not any("\ufffd" in text for text in found) and "" not in found
 
 
 def test_pad_and_labels_by_hand():

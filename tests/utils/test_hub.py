@@ -205,7 +205,12 @@ def test_repositories_of_other_forms(cached, tmp_path, world):
     assert len(list(large.glob("*.safetensors"))) > 1
     models = {"me/large": large, "me/closed": model}
     found = {"nyu-mll/glue": glue, "me/closed": sets, "me/empty": empty}
-    cases = {("model", "me/large"): re.escape(str(cached[1][0]))} | FORMS
+    found["stanfordnlp/sst2"] = sets
+    whole = [("model", "me/large"), ("data set", "stanfordnlp/sst2")]
+    cases = {
+        x: re.escape(str(cached[1][i])) for x, i in zip(whole, (0, 3), strict=True)
+    }
+    cases |= FORMS
     refuse, fault = {"me/closed": (403, "GatedRepo")}, lambda n: 503 if n < 5 else None
     with hub.serve(models, found, fault, files=refuse) as address:
         environ = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}

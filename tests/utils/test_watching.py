@@ -6,6 +6,7 @@ import importlib.util
 import io
 import re
 
+import accelerate
 import matplotlib
 import nbformat
 import pytest
@@ -103,8 +104,47 @@ def test_a_real_kernel():
 def test_a_tracker_that_is_missing_is_one_sentence(tmp_path, name):
     """Else a run of hours would be sent nowhere; and nothing is sent unasked."""
     settings = dataclasses.replace(TINY, runs_dir=str(tmp_path))
-    assert start_tracker(settings) is None and not list(tmp_path.iterdir())
+    start_tracker(settings)({"kl": 1.0}, 1)
+    assert not list(tmp_path.iterdir())
     if importlib.util.find_spec(name):
         pytest.skip("it is there")
-    with pytest.raises((ValueError, ImportError), match=f"{name}[^\n]*pip install"):
+    with pytest.raises(
+        RuntimeError, match=f"{name}[^\n]*pip install[^\n]*log_to to ''$"
+    ):
         start_tracker(dataclasses.replace(settings, log_to=name))
+
+
+class Tracker:
+    """Stands for accelerate's: it starts, unless it has no key, and later breaks."""
+
+    trackers, key, sent = [1], True, []
+
+    def __init__(self, log_with, project_dir):
+        self.sent.append((log_with, project_dir))
+
+    def init_trackers(self, project, settings):
+        if not self.key:
+            raise ValueError("no API key\nlog in first")
+
+    def log(self, figures, step):
+        if step == 2:
+            raise ConnectionError("the line is dead")
+        self.sent.append((figures, step))
+
+
+def test_a_tracker_that_breaks_ends_no_training(tmp_path, monkeypatch):
+    """What it may end is a run that has not begun."""
+    settings = dataclasses.replace(TINY, runs_dir=str(tmp_path), log_to="wandb")
+    monkeypatch.setattr(accelerate, "Accelerator", Tracker)
+    log = start_tracker(settings)
+    log({"kl": 1.0}, 1)
+    with pytest.warns(UserWarning, match="wandb .* step 2 .*the line is dead"):
+        log({"kl": 2.0}, 2)
+    log({"kl": 3.0}, 3)
+    figures = [({"kl": 1.0}, 1), ({"kl": 3.0}, 3)]
+    assert Tracker.sent == [("wandb", settings.folder), *figures]
+    monkeypatch.setattr(Tracker, "key", False)
+    with pytest.raises(
+        RuntimeError, match="^cannot send [^\n]*no API key log in first"
+    ):
+        start_tracker(settings)

@@ -84,24 +84,6 @@ def test_a_seed_is_run_where_it_stopped(pretended, tmp_path):
     assert found["seconds"].keys() == found["peak_gib"].keys() == set(STAGES)
 
 
-def test_what_a_run_took_is_measured(tmp_path, monkeypatch):
-    """That of its children too: one that holds a GiB and computes for a while."""
-    code = "import time; x = b'x' * 2**30; t = time.process_time()\n"
-    code += "while time.process_time() - t < 0.3: pass\n"
-    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    run = series.subprocess.run
-
-    def computing(command, **options):
-        Pretended(tmp_path)(command)
-        return run([command[0], "-c", nested], **options | {"cwd": tmp_path})
-
-    monkeypatch.setattr(series, "ROOT", tmp_path)
-    monkeypatch.setattr(series.subprocess, "run", computing)
-    found = series.whole_run(load_settings("full"), 42, "made")
-    assert all(0.3 <= x < 5 for x in found["seconds"].values())
-    assert all(1 <= x < 2 for x in found["peak_gib"].values())
-
-
 def test_the_tiny_preset_has_a_model_for_each_seed(
     pretended, world, tmp_path, monkeypatch
 ):
@@ -110,17 +92,13 @@ def test_the_tiny_preset_has_a_model_for_each_seed(
     monkeypatch.setattr(series.tiny_world, "build_world", lambda folder: world)
     found = series.expected(runs_in(tmp_path / "made", TINY, 2))["figures"]
     assert found["kl"] == [0.25, pytest.approx(statistics.stdev([0, 0.5]))]
-    runs = [
-        load_settings("tiny", {"seed": i, "runs_dir": f"{tmp_path}/made/{i}"})
-        for i in (0, 1)
+    assert [(stage, own.seed) for stage, own in pretended.asked] == [
+        (stage, seed) for seed in (0, 1) for stage in STAGES
     ]
-    assert pretended.asked == [(stage, own) for own in runs for stage in STAGES]
-    models = [load_causal_lm(own.model_name) for own in runs] + [
-        load_causal_lm(str(world / "model"))
-    ]
+    models = [tmp_path / f"made/{seed}/tiny/world/model" for seed in (0, 1)]
+    models = [load_causal_lm(str(x)) for x in (*models, world / "model")]
     one, other, own = (lm.lm_head.weight for lm in models)
-    assert one.shape == other.shape == own.shape
-    assert not one.equal(other) and not other.equal(own)
+    assert not one.equal(other) and not other.equal(own) and not own.equal(one)
 
 
 def test_the_page_of_a_real_run(pretended, tmp_path):
@@ -130,12 +108,8 @@ def test_the_page_of_a_real_run(pretended, tmp_path):
     folder.mkdir()
     more = {"output": folder / "results.json", "head": head}
     found = series.real_run(runs_in(tmp_path / "made", settings, 2, **more))
-    assert [own.seed for _, own in pretended.asked] == [42] * 3 + [43] * 3
-    assert found["figures"] == {
-        "validation_perplexity": {"after": [21.0, 21.5]},
-        "accuracy": {"after": [21.0, 21.5]},
-        "kl": {"before": [1.0, 1.0], "after": [21.0, 21.5]},
-    }
+    assert found["figures"]["kl"] == {"before": [1.0, 1.0], "after": [21.0, 21.5]}
+    assert found["figures"]["accuracy"] == {"after": [21.0, 21.5]}
     page = (folder / "README.md").read_text()
     assert "on SST-2. Seeds: 2; of" in page
     assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page

@@ -5,6 +5,7 @@ from pytest import approx
 
 from utils.settings import TINY, load_settings
 from workshop import tiny
+from workshop.measure import by_seed
 
 
 class Pretended:
@@ -18,13 +19,7 @@ class Pretended:
         seeds = list(range(self.seeds) if seeds is None else seeds)
         self.asked[part] = ways, seeds
         made = {w: [self.figures(*ways[w], seed) for seed in seeds] for w in ways}
-        return {w: tiny_by_seed(x) for w, x in made.items()}
-
-
-def tiny_by_seed(rows):
-    if not isinstance(rows[0], dict):
-        return rows
-    return {name: tiny_by_seed([row[name] for row in rows]) for name in rows[0]}
+        return {way: by_seed(rows) for way, rows in made.items()}
 
 
 def test_the_search_chooses_and_each_seed_races():
@@ -48,76 +43,47 @@ def test_the_search_chooses_and_each_seed_races():
     assert found["exact"]["GRPO"]["0.25"] == [0.25, 1.25, 2.25, 3.25, 4.25]
 
 
-def test_as_many_responses_as_pairs_have_texts():
-    def figures(run, *rest):
-        return (
-            {"reached": rest[-1]} if run is not tiny.learning_curve else {"labels": 1}
-        )
+def test_the_frontier_of_three_seeds():
+    """DPO is chosen by its own aim: 3 for a good text, less 0.3 for each nat.
 
-    runs = Pretended(figures)
-    found = tiny.preferences(runs)
-    assert found["curve"] == {"labels": [1, 1, 1]}
-    reached = {"0.5": [0, 1, 2, 3, 4]}
-    names = {"DPO, 512 pairs", "PPO, 1,024 responses", "DPO, 4,992 pairs"}
-    for name in (*names, "PPO, 9,984 responses"):
-        assert found["exact"][name] == reached
-    assert found["exact"]["DPO, all pairs"].keys() == {"0.25", "0.5", "1.0"}
-    for n in (512, 4_992):
-        (dpo, ppo), _ = runs.asked[f"{n:,} pairs"]
-        ways, _ = runs.asked[f"{n:,} pairs"]
-        assert ways[dpo][1] == n and ways[ppo][3]["ppo_episodes"] == 2 * n
-
-
-def test_a_point_of_the_frontier_has_its_interval():
-    """The seeds 0, 1, 2: mean 1, s = 1, and Student's t of two degrees of freedom."""
-    half = approx(4.303 / 3**0.5)
-    found = {"label": ["", "", ""], "kl": [0.0, 1.0, 2.0], "shares": {"x": [0.5] * 3}}
-    expected = {"label": "8", "kl": 1.0, "kl_95": half}
-    expected |= {"shares": {"x": 0.5}, "shares_95": {"x": 0.0}}
-    assert tiny.over_seeds("8", found) == expected
-
-
-def test_the_frontier_takes_dpo_where_its_own_aim_is_highest():
-    """The utility 3 for a good text, less 0.3 for each nat."""
-
-    def point(kl, share):
-        return {"label": "", "kl": kl, "shares": {"exact judge": share}}
+    The seeds 0, 1, 2: mean 1, s = 1, and Student's t of two degrees of freedom.
+    """
 
     def figures(run, *rest):
-        if run is tiny.untrained:
-            ways = ("best-of-n", "best possible")
-            return {way: {"1": point(1.0 + rest[-1], 0.5)} for way in ways}
-        best = rest[1:4] == (3e-4, 1, 8) if run is tiny.offline else False
-        return point(2.0 + rest[-1] if best else 7.0, 0.6 if best else 0.9)
+        bad = run is tiny.offline and rest[1:4] == (3e-4, 1, 8)
+        point = {"label": "", "kl": rest[-1], "shares": {"exact judge": 0.9 - bad}}
+        ways = ("best-of-n", "best possible")
+        return {w: {"2": point} for w in ways} if run is tiny.untrained else point
 
     runs = Pretended(figures)
     found = tiny.frontier(runs)
-    aims = found["search"]
-    assert len(aims) == 8 and runs.asked["search"][1] == [100]
-    # 100 is the seed of the search: 3 * 0.6 - 0.3 * 102, and 3 * 0.9 - 0.3 * 7
-    assert min(aims.values()) == approx(-28.8) and max(aims.values()) == approx(0.6)
+    aims = sorted(found["search"].values())  # 100 is the seed of the search
+    assert aims == approx([-3 * 0.1 - 30, *[3 * 0.9 - 30] * 7])
     assert found["chosen"]["DPO"] != (3e-4, 1, 8) and found["responses"] == 2_560
     labels = {way: [x["label"] for x in line] for way, line in found["points"].items()}
     assert labels["PPO"] == ["1", "0.3", "0.1", "0.03", "0"]
     assert labels["RLOO"] == labels["PPO"][1:] and labels["DPO"] == labels["PPO"][:4]
-    assert found["points"]["best-of-n"][0]["kl"] == approx(2.0)
+    (point,) = found["points"]["best-of-n"]
+    assert point.pop("kl_95") == approx(4.303 / 3**0.5)
+    assert point.pop("shares_95") == {"exact judge": approx(0)}
+    shares = {"exact judge": approx(0.9)}
+    assert point == {"label": "2", "kl": 1.0, "shares": shares}
 
 
-def test_adapters_are_those_of_the_lesson():
-    def figures(run, *rest):
-        if run is tiny.reward_adapters:
-            return {"on-the-sft-model": 0.9}
-        return {"share": rest[0] + rest[-1] / 10}  # layout and seed
-
-    found = tiny.adapters(Pretended(figures))
-    assert found["reward accuracy"] == {"on-the-sft-model": 0.9}
-    assert found["layouts"]["layout 3, rank 1"]["share"] == approx([3.0, 3.1, 3.2])
+def test_pairs_and_responses_that_are_compared_are_as_many():
+    runs = Pretended(lambda run, *rest: {"reached": rest[-1]})
+    found = tiny.preferences(runs)["exact"]
+    for n in (512, 4_992):
+        ways, _ = runs.asked[f"{n:,} pairs"]
+        dpo, ppo = f"DPO, {n:,} pairs", f"PPO, {2 * n:,} responses"
+        assert ways[dpo][1] == n and ways[ppo][3]["ppo_episodes"] == 2 * n
+        assert found[dpo] == found[ppo] == {"0.5": [0, 1, 2, 3, 4]}
 
 
 @pytest.mark.slow
 def test_the_lessons_are_measured(series, monkeypatch):
     """For real, with few rollouts: what is learnt from is counted, and it learns."""
-    few = {"ppo_episodes": 512, "possible_samples": 8, "runs_dir": series[0].parent}
+    few = {"ppo_episodes": 512, "possible_samples": 8}
     settings = load_settings("tiny", few | {"runs_dir": str(series[0].parent)})
     monkeypatch.setattr(tiny, "ROLLOUTS", 2)
     monkeypatch.setattr(tiny, "CANDIDATES", 8)
