@@ -1,16 +1,9 @@
 """What every training loop does, and no lesson explains: device, precision, a step."""
 
 import contextlib
-import random
 
 import torch
 from torch import nn
-
-
-def seed_everything(seed: int):
-    """Seed Python and torch (CPU and GPU), so that a cell can be repeated."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def get_device(settings) -> torch.device:

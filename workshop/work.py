@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from utils.data import load_reviews, load_tokenizer, make_prompts, pad
 from utils.models import (
@@ -16,7 +16,7 @@ from utils.models import (
     vocabulary_logits,
 )
 from utils.rollout import sample_responses
-from utils.training import get_device, seed_everything
+from utils.training import get_device
 
 
 def build_model(folder: Path, **sizes):
@@ -53,7 +53,7 @@ class Work:
         self.prompts = make_prompts(sentences, self.tokenizer, settings, seed)
         self.stop_id, self.pad_id = self.unlikely()
         self.scale = self.scale_of_scores()
-        seed_everything(seed)
+        set_seed(seed)
 
     @torch.no_grad()
     def unlikely(self) -> list[int]:
