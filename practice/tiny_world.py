@@ -309,9 +309,8 @@ def _build(folder, show_progress):
     # Renamed when all of it is there
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "dataset" / "data").mkdir(parents=True)
-    for split, rows in make_dataset().items():
-        rows.to_parquet(unfinished / f"dataset/data/{split}-00000-of-00001.parquet")
+    # Not as Parquet files, which the library does not find in a folder with brackets
+    make_dataset().save_to_disk(unfinished / "dataset")
     rng = random.Random(0)
     tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
     tokenizer.save_pretrained(unfinished / "model")

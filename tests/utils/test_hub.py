@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import datasets
 import pytest
 from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.utils import close_session
@@ -149,9 +150,18 @@ def loads(cases, **environ):
 
 
 @pytest.fixture(scope="module")
-def cached(world, tmp_path_factory):
+def parquet(world, tmp_path_factory):
+    """The tiny world's data set as the hub keeps one."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for split, rows in datasets.load_from_disk(world / "dataset").items():
+        rows.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(world, parquet, tmp_path_factory):
     """A cache that a slow hub filled, what was found in it, and what was printed."""
-    models, sets = {"gpt2": world / "model"}, {"stanfordnlp/sst2": world / "dataset"}
+    models, sets = {"gpt2": world / "model"}, {"stanfordnlp/sst2": parquet}
     home = str(tmp_path_factory.mktemp("home"))
     with hub.serve(models, sets, lambda n: threading.Event().wait(0.05)) as address:
         return home, *loads(USUAL, HF_ENDPOINT=address, HF_HOME=home)
@@ -192,7 +202,7 @@ FORMS = {  # what, name and configuration; what is said
 }
 
 
-def test_repositories_of_other_forms(cached, tmp_path, world):
+def test_repositories_of_other_forms(cached, tmp_path, world, parquet):
     """The hub is out of order for the first five requests, and then no longer."""
     glue, empty, large = (tmp_path / x for x in ("glue", "empty", "large"))
     for name in ("cola", "sst2"):
@@ -200,7 +210,7 @@ def test_repositories_of_other_forms(cached, tmp_path, world):
     head = "".join(map(CONFIG.format, ("cola", "sst2")))
     written(glue / "README.md", f"---\nconfigs:\n{head}---\n")
     written(empty / "README.md", "nothing here\n")
-    model, sets = world / "model", world / "dataset"
+    model, sets = world / "model", parquet
     load_causal_lm(model).save_pretrained(large, max_shard_size="500KB")
     assert len(list(large.glob("*.safetensors"))) > 1
     models = {"me/large": large, "me/closed": model}
