@@ -131,9 +131,8 @@ def test_an_edit_begins_anew(known):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ("expected --seeds 1", "--seeds must be from 2 to 10, got 1"),
-        ("frontier --seeds 11", "--seeds must be from 2 to 10, got 11"),
-        ("speed --seeds 0", "--seeds must be from 1 to 10, got 0"),
+        ("expected --seeds 1", "--seeds must be 2 or more, got 1"),
+        ("speed --seeds 0", "--seeds must be 1 or more, got 0"),
         ("race --processes 0", "--processes must be 1 or more, got 0"),
         ("race --set ppo_episode=5", "the nearest is 'ppo_episodes'"),
         ("real_run --set train_rows=many", "must be a whole number, got 'many'"),
