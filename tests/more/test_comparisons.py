@@ -91,6 +91,7 @@ BRIEF = {"ppo_rollout_size": 64, "ppo_episodes": 64, "normalise_samples": 64}
 BRIEF |= {"eval_prompts": 32}
 
 
+@pytest.mark.slow  # the series first
 def test_a_person_labels_and_the_rest_learns_from_that_alone(series, tmp_path, capsys):
     """Forty answers, some of them skipped; by somebody who likes long texts."""
     shutil.copytree(series[0], tmp_path / "tiny")
