@@ -6,7 +6,6 @@ it asks again. `labelling_box` shows that with buttons and keys in a notebook.
 
 import html
 import math
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from more.preferences import append_pair, read_pairs
+from more.preferences import append_pair, read_pairs, remove_pair
 
 KEYS = ("1", "2", "s", "u")  # the left one, the right one, skip, undo
 
@@ -130,10 +129,14 @@ class Labeller:
     def _undo(self):
         if not self.answers:
             raise ValueError("there is no answer to undo; answer 1, 2 or s first")
-        (*_, again), chosen = self.answers.popitem()
-        file = self.files["skip" if chosen is None else "again" if again else "pairs"]
-        before_the_last = file.read_bytes().rpartition(b"\n")[0].rfind(b"\n") + 1
-        os.truncate(file, before_the_last)
+        key, chosen = next(reversed(self.answers.items()))
+        question = next(q for q in self.questions if q.key == key)
+        kind = "skip" if chosen is None else "again" if question.again else "pairs"
+        chosen = question.left if chosen is None else chosen
+        rejected = question.right if chosen == question.left else question.left
+        pair = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
+        remove_pair(self.files[kind], pair)
+        del self.answers[key]
 
     def report(self) -> dict[str, float]:
         """How the labeller does, as figures.

@@ -12,6 +12,7 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,24 @@ def dpo_loss(
     return losses.mean(), stats
 
 
+def _line(pair: dict[str, str]) -> bytes:
+    """A pair as a line of its file."""
+    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
+    return line.encode() + b"\n"
+
+
+def _torn(content: bytes) -> int:
+    """How many bytes at the end of a file are a line that a kill has cut off."""
+    (last,) = content.splitlines(keepends=True)[-1:] or [b"\n"]
+    if last.endswith((b"\n", b"\r")):
+        return 0
+    try:
+        json.loads(last)
+    except ValueError:
+        return len(last)
+    return 0
+
+
 def append_pair(path, pair: dict[str, str]):
     """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
@@ -119,14 +138,30 @@ def append_pair(path, pair: dict[str, str]):
     """
     if fault := _fault(pair):
         raise ValueError(f"this pair {fault}: {pair}")
-    line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("ab+") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")
+        content = file.read()
+        whole = content[: len(content) - _torn(content)]
+        file.truncate(len(whole))
+        ended = not whole or whole.endswith((b"\n", b"\r"))
+        file.write((b"" if ended else b"\n") + _line(pair))
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_pair(path, pair: dict[str, str]):
+    """Take the last line with this pair out of a file; all others stay as they are.
+
+    Raises ValueError if there is none.
+    """
+    path = Path(path)
+    before, line, after = path.read_bytes().rpartition(_line(pair))
+    if not line:
+        raise ValueError(f"{path} does not hold this answer any more: {pair}")
+    beside = path.with_suffix(".unfinished")
+    beside.write_bytes(before + after)
+    os.replace(beside, path)
 
 
 def read_pairs(
@@ -138,8 +173,8 @@ def read_pairs(
     one after the other are the text. What is wrong is a sentence that begins with the
     file and the number of the line; `check` may find more: it returns how the sentence
     goes on, or nothing. Of two lines with the same texts that say the opposite, the
-    first counts. A last line without its end was cut off by a kill, and counts as not
-    written. Raises FileNotFoundError if a file is not there.
+    first counts. A last line that a kill has cut off counts as not written. Raises
+    FileNotFoundError if a file is not there.
     """
     pairs, faults, seen = [], [], {}
     for path in paths:
@@ -147,7 +182,8 @@ def read_pairs(
             raise FileNotFoundError(
                 f"there is no file {path} of pairs yet; label some first"
             )
-        *lines, _ = Path(path).read_bytes().split(b"\n")
+        content = Path(path).read_bytes()
+        lines = content[: len(content) - _torn(content)].splitlines()
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             try:
@@ -220,6 +256,8 @@ def _fault(pair) -> str:
             return f"has no text {name!r}"
         if not pair[name].strip():
             return f"has an empty {name!r}"
+        if re.search(r"[\ud800-\udfff]", pair[name]):
+            return f"has half a letter in {name!r}"
     if pair["chosen"] == pair["rejected"]:
         return "has the same text as chosen and as rejected"
     return ""

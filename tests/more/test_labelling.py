@@ -13,7 +13,7 @@ from more.labelling import (
     labelling_box,
     make_questions,
 )
-from more.preferences import read_pairs
+from more.preferences import append_pair, read_pairs
 
 PAIRS = [(f"film {i} is", f" good {i} .", f" bad {i} .") for i in range(45)]
 
@@ -79,6 +79,20 @@ def test_undo_takes_the_last_answer_back_from_the_disk(path, restart):
     for key, says in (("u", "no answer to undo"), ("3", "1, 2, s .skip. or u .undo.")):
         with pytest.raises(ValueError, match=says):
             labeller.answer(key)
+
+
+def test_undo_takes_back_its_own_answer_only(path):
+    """Somebody else has written to the file meanwhile."""
+    questions = make_questions(PAIRS[:4], seed=0)
+    labeller, foreign = Labeller(questions, path), {"prompt": "p", "chosen": "c"}
+    labeller.answer("1")
+    labeller.answer("2")
+    append_pair(path, {**foreign, "rejected": "r"})
+    labeller = Labeller(questions, path)
+    labeller.answer("u")
+    assert labeller.question == questions[1]
+    texts = [pair["chosen"] for pair in read_pairs(path)[0]]
+    assert texts == [questions[0].left, "c"]
 
 
 def test_the_report_by_hand(path):

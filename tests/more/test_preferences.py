@@ -16,6 +16,7 @@ from more.preferences import (
     pair_check,
     pair_tokens,
     read_pairs,
+    remove_pair,
     split_by_prompt,
 )
 from tests.small import t
@@ -24,6 +25,7 @@ from utils.data import load_tokenizer
 PAIR = {"prompt": "the film is", "chosen": " fine .", "rejected": " dull ."}
 TURNED = {**PAIR, "chosen": " dull .", "rejected": " fine ."}
 ONE, TWO = t(-1.0), t(-1.0, -2.0)
+OBJECT = "prompt, chosen and rejected"
 
 
 @pytest.mark.parametrize("chosen, rejected, loss", [(800, 0, 0), (0, 800, 800)])
@@ -81,10 +83,28 @@ def test_a_kill_costs_the_last_line_at_most(path, cut):
     assert [pair["chosen"] for pair in pairs] == [" fine .", " great ."] and not faults
 
 
+def test_lines_that_are_complete_stay_whoever_wrote_them(path):
+    """Without an end to the last one, with those of an old Mac, or as one array."""
+    lines = [json.dumps({**PAIR, "chosen": f" {i} ."}).encode() for i in range(3)]
+    path.parent.mkdir()
+    for end in (b"\n", b"\r", b"\r\n"):
+        path.write_bytes(end.join(lines))
+        append_pair(path, PAIR)
+        pairs, faults = read_pairs(path)
+        assert [x["chosen"] for x in pairs] == [" 0 .", " 1 .", " 2 .", " fine ."]
+        remove_pair(path, {**PAIR, "chosen": " 1 ."} if end == b"\n" else PAIR)
+        assert len(read_pairs(path)[0]) == 3 and not faults
+    path.write_bytes(b"[" + b",".join(lines) + b"]")
+    assert read_pairs(path) == ([], [f"{path}, line 1 is no object with {OBJECT}"])
+    with pytest.raises(ValueError, match="does not hold this answer any more"):
+        remove_pair(path, PAIR)
+
+
 @pytest.mark.parametrize(
     "line, says",
     [
         (b"{not json", "is no JSON"),
+        (rb'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "half a letter"),
         (b'{"prompt": "\xff"}', "is no JSON"),
         (b'["a", "b", "c"]', "is no object"),
         (json.dumps({"prompt": "a", "chosen": "b"}).encode(), "has no text 'rejected'"),
