@@ -22,6 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from utils.data import loading
 from utils.ppo import token_logprobs
 from utils.rollout import in_pieces
 from utils.training import autocast
@@ -333,11 +334,14 @@ def save_adapter(model: nn.Module, name: str, folder):
 def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
     """Add an adapter from files of PEFT; it is on. Returns the model.
 
-    Raises FileNotFoundError if they are not there, and ValueError if the adapter is
-    not PEFT's plain LoRA, or belongs to layers or sizes that this model does not have.
+    Raises OSError if they cannot be read, and ValueError if the adapter is not PEFT's
+    plain LoRA, lacks a matrix, or has sizes that neither its configuration nor this
+    model has.
     """
-    config = json.loads((Path(folder) / CONFIG).read_text("utf8"))
-    tensors, plain = load_file(Path(folder) / WEIGHTS), LoraConfig().to_dict()
+    with loading("adapter", folder):
+        config = json.loads((Path(folder) / CONFIG).read_text("utf8"))
+        tensors = load_file(Path(folder) / WEIGHTS)
+    plain = LoraConfig().to_dict()
     own = {k: x for k, x in config.items() if x and k not in READ}
     if unread := {k: x for k, x in own.items() if x != plain.get(k)}:
         raise ValueError(
@@ -353,10 +357,14 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
     for key, tensor in tensors.items():
         if (shape := tuple(tensor.shape)) != shapes.get(key):
             raise ValueError(
-                f"the adapter in {folder} has {key} of {shape}, where this model has "
-                f"{shapes.get(key, 'no layer')}; load it into its own base model"
+                f"the adapter in {folder} has {key} of {shape}, where its rank and "
+                f"this model give {shapes.get(key, 'no layer')}; take the base model "
+                "and the configuration that it was saved with"
             )
     targets = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    both = {f"{PREFIX}{path}.lora_{x}.weight" for path in targets for x in "AB"}
+    if lacking := sorted(both - tensors.keys()):
+        raise ValueError(f"the adapter in {folder} lacks {lacking[0]}; save it anew")
     add_adapter(model, name, rank, alpha, sorted(targets))
     for path in targets:
         parts = model.get_submodule(path).adapters[name]

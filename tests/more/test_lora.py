@@ -185,17 +185,17 @@ REFUSED = [  # what is changed in the configuration; another tensor, or the base
     ("modules_to_save", ["wte"], "modules_to_save"),
     ("init_lora_weights", "pissa", "'pissa'"),
     ("some_new_way", True, "some_new_way"),
-    ("r", 5, r"c_fc.lora_A.weight of \(2, 16\), where this model has \(5, 16\)"),
-    ("wte.lora_embedding_A", None, r"lora_embedding_A of \(1,\), where .* no layer"),
-    (NARROW, None, r"\(2, 16\), where this model has \(2, 8\); load it into its own"),
-    (OTHER, None, "h.0.mlp.c_fc.lora_A.weight of .* has no layer; load it into its"),
+    ("r", 5, r"c_fc.lora_A.weight of \(2, 16\), .* give \(5, 16\); .* configuration"),
+    ("wte.lora_embedding_A", None, r"lora_embedding_A of \(1,\), .* give no layer"),
+    (NARROW, None, r"\(2, 16\), .* give \(2, 8\); take the base model"),
+    (OTHER, None, "h.0.mlp.c_fc.lora_A.weight of .* give no layer; take the base"),
 ]
 
 
 @pytest.mark.parametrize("part, value, says", REFUSED)
 def test_a_part_that_is_not_read_is_refused(part, value, says, tmp_path):
     fresh = gpt2(8) if part == NARROW else llama() if part == OTHER else gpt2()
-    with pytest.raises(FileNotFoundError, match=lora.CONFIG):
+    with pytest.raises(OSError, match=f"cannot load the adapter .*{lora.CONFIG}"):
         lora.load_adapter(fresh, "one", tmp_path)
     made = lora.add_adapter(gpt2(), "one", rank=2, targets=["c_fc"])
     lora.save_adapter(made, "one", tmp_path)
@@ -206,6 +206,31 @@ def test_a_part_that_is_not_read_is_refused(part, value, says, tmp_path):
         save_file(load_file(tensors) | {part: torch.zeros(1)}, tensors)
     with pytest.raises(ValueError, match=says):
         lora.load_adapter(fresh, "one", tmp_path)
+    assert not lora.adapter_names(fresh)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def without_b(file):
+    save_file({k: x for k, x in load_file(file).items() if "lora_A" in k}, file)
+
+
+@pytest.mark.parametrize(
+    "spoil, file, says",
+    [
+        (cut, lora.WEIGHTS, "cannot load the adapter .*SafetensorError.*make it anew"),
+        (cut, lora.CONFIG, "cannot load the adapter .*JSONDecodeError.*make it anew"),
+        (without_b, lora.WEIGHTS, "lacks .*c_fc.lora_B.weight; save it anew"),
+    ],
+)
+def test_a_damaged_adapter_is_one_sentence(spoil, file, says, tmp_path):
+    model = lora.add_adapter(gpt2(), "one", rank=2, targets=["c_fc"])
+    lora.save_adapter(model, "one", tmp_path)
+    spoil(tmp_path / file)
+    with pytest.raises((OSError, ValueError), match=f"^[^\n]*{says}[^\n]*$"):
+        lora.load_adapter(fresh := gpt2(), "one", tmp_path)
     assert not lora.adapter_names(fresh)
 
 
