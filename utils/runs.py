@@ -152,15 +152,21 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     """Write a model, its tokenizer, what was measured on it and the settings.
 
     `name` is one of STAGES, or another. Gives the folder, in which `metrics.json` and
-    `settings.json` stand beside the model.
+    `settings.json` stand beside the model. Raises OSError if it cannot be written.
     """
     folder = settings.folder / name
     unfinished, old = (folder.with_name(name + end) for end in (".unfinished", ".old"))
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    for file, content in (("metrics", metrics), ("settings", asdict(settings))):
-        (unfinished / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        for file, content in (("metrics", metrics), ("settings", asdict(settings))):
+            text = json.dumps(content, indent=2) + "\n"
+            (unfinished / f"{file}.json").write_text(text)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        said = f"cannot save {folder} ({innermost(error)})"
+        raise OSError(f"{said}; make room, and run this cell again") from error
     for file in unfinished.iterdir():  # safetensors makes its files the owner's alone
         file.chmod((unfinished / "settings.json").stat().st_mode)
     shutil.rmtree(old, ignore_errors=True)

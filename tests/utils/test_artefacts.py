@@ -63,6 +63,19 @@ def test_a_missing_artefact_names_both_ways_out(saved):
     assert Path(name).name == "1-SFT.ipynb" and settings == wanted
 
 
+def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    says = r"^cannot save .*sft \(OSError: .*No space left.*\); make room[^\n]*$"
+    with pytest.raises(OSError, match=says):
+        save_artefact(saved, "sft", small_lm(seed=3), small_tokenizer(), METRICS)
+    assert {p.name for p in saved.folder.iterdir()} == set(NAMES)
+    weight = load_causal_lm(*find_artefacts(saved, "sft")).lm_head.weight
+    assert torch.equal(weight, small_lm().lm_head.weight.float())
+
+
 TAKEN_UP = [  # other settings, and what is said; nothing: it is taken up
     # what the two models do not depend on
     ({"ppo_lr": 1.0, "kl_coef": 3.0, "max_new_tokens": 7, "eval_prompts": 2}, None),
