@@ -247,7 +247,7 @@ def code_hash(*functions) -> str:
             seen.add(thing)
             file = getattr(getattr(thing, "__code__", None), "co_filename", "/")
             if isinstance(thing, type) and thing.__module__ == "__main__":
-                queue += vars(thing).items()
+                queue += [(k, x) for k, x in vars(thing).items() if callable(x)]
             elif Path(file).is_relative_to(ROOT) and "site-packages" not in file:
                 files.add(Path(file))
             elif re.search(r"ipykernel|ipython-input|\.ipynb#", file):  # a cell

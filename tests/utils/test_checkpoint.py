@@ -219,14 +219,18 @@ def test_what_the_loop_calls_counts_when_it_is_written_anew():
 
 
 BASE = """
+from dataclasses import dataclass, field
 from functools import partial
+@dataclass
+class Kept:
+    rows: list = field(default_factory=lambda: [])
 RATE, NAMES, TABLE = 0.5, ["a"], {"b": 1}
 def helper(x):
     return x * RATE
 def loss(x):
     return helper(x) + len(NAMES) + TABLE["b"]
 def update(x, loss=loss):
-    return loss(x)
+    return loss(x), Kept()
 """
 EDITS = ["RATE = 0.25", "NAMES = ['c']", "TABLE = {'b': 2}", "def helper(x): return x"]
 EDITS += ["helper = lambda x: x", "def update(x, loss=helper): return loss(x)"]
