@@ -192,8 +192,8 @@ def make_prompts(
 ) -> list[list[int]]:
     """The first few tokens of each long enough sentence, shuffled.
 
-    A prompt has two to `prompt_max_tokens` tokens, and before them what the tokenizer
-    puts in front of every text. It is taken from sentences of at least two words more
+    A prompt has two to `prompt_max_tokens` tokens, fewer where the last would cut a
+    letter, and before them what the tokenizer puts in front of every text. It is taken from sentences of at least two words more
     than that which do not stand in `exclude`. Raises ValueError if none is left.
     """
     rng, longest = random.Random(seed), settings.prompt_max_tokens
