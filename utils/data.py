@@ -193,8 +193,9 @@ def make_prompts(
     """The first few tokens of each long enough sentence, shuffled.
 
     A prompt has two to `prompt_max_tokens` tokens, fewer where the last would cut a
-    letter, and before them what the tokenizer puts in front of every text. It is taken from sentences of at least two words more
-    than that which do not stand in `exclude`. Raises ValueError if none is left.
+    letter, and before them what the tokenizer puts in front of every text. It is taken
+    from sentences of at least two words more than that which do not stand in `exclude`.
+    Raises ValueError if none is left.
     """
     rng, longest = random.Random(seed), settings.prompt_max_tokens
     unique = dict.fromkeys(clean(sentence) for sentence in sentences)
