@@ -12,7 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _AT_IMPORT = {file: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
 
 
-def changed_files() -> list[str]:
-    """The files of this package that were edited since it was imported."""
+def check_code_is_current():
+    """Raise RuntimeError if a file of `utils` has changed since it was imported."""
     now = {file: file.read_bytes() if file.exists() else b"" for file in _AT_IMPORT}
-    return [f"utils/{file.name}" for file in now if now[file] != _AT_IMPORT[file]]
+    if changed := [f"utils/{x.name}" for x in now if now[x] != _AT_IMPORT[x]]:
+        raise RuntimeError(
+            f"{' and '.join(changed)} changed after this kernel had imported the old "
+            "version, which would run on; restart the kernel, and run the cells again"
+        )

@@ -4,6 +4,7 @@ import base64
 import io
 
 import matplotlib.pyplot as plt
+import pandas
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
@@ -66,13 +67,9 @@ def plot_reviews(labels, lengths, min_tokens: int):
     return figure
 
 
-def smooth(values, weight: float = 0.95) -> list[float]:
+def smooth(values, weight: float = 0.95) -> pandas.Series:
     """Exponential moving average, corrected for its start."""
-    average, out = 0.0, []
-    for step, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**step))
-    return out
+    return pandas.Series(values).ewm(alpha=1 - weight).mean()
 
 
 def plot_losses(train_losses, validation: dict[int, float], ylabel: str):
@@ -88,8 +85,8 @@ def plot_losses(train_losses, validation: dict[int, float], ylabel: str):
 
 
 def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
-    """Confusion matrix, calibration and scores of a classifier on N labelled texts."""
-    figure, (left, middle, right) = subplots(plot_classifier, 1, 3, (10.8, 3.2))
+    """Confusion matrix and raw scores of a classifier on N labelled texts."""
+    figure, (left, right) = subplots(plot_classifier, 1, 2, (7.6, 3.2))
     truth, guess, names = labels.long(), (logits > 0).long(), ["negative", "positive"]
     counts = torch.bincount(2 * truth + guess, minlength=4).view(2, 2)
     left.imshow(counts, cmap="Blues")
@@ -99,20 +96,10 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     left.set(title="confusion", xlabel="predicted", ylabel="label")
     left.set_xticks([0, 1], names)
     left.set_yticks([0, 1], names, rotation=90, va="center")
-    probability = torch.sigmoid(logits)
-    bins = (probability * 10).long().clamp(max=9)
-    filled = bins.unique()
-    predicted = [probability[bins == b].mean() for b in filled]
-    observed = [truth[bins == b].float().mean() for b in filled]
-    middle.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfect")
-    middle.plot(predicted, observed, "o", color=BLUE, label="reward model")
-    middle.set(title="calibration", xlabel="predicted P(positive)")
-    middle.set(ylabel="share that is positive")
     groups = [logits[truth == value].numpy() for value in (0, 1)]
     right.hist(groups, bins=25, color=[RED, BLUE], label=names)
     right.set(title="raw scores", xlabel="logit", ylabel="texts")
-    for axis in (middle, right):
-        axis.legend(frameon=False)
+    right.legend(frameon=False)
     return figure
 
 

@@ -31,7 +31,7 @@ from IPython.display import Markdown
 from torch import nn
 
 from practice import tiny_world
-from utils import changed_files
+from utils import check_code_is_current
 from utils.data import innermost, load_tokenizer, loading, tokens_in_front
 from utils.settings import Settings, load_settings
 from utils.training import get_device, trunk_dtype
@@ -119,15 +119,6 @@ def say_errors_in_a_sentence(artefact: str):
 
     if shell := get_ipython():
         shell.set_custom_exc((KeyboardInterrupt, Exception), show)
-
-
-def check_code_is_current():
-    """Raise RuntimeError if a file of `utils` has changed since it was imported."""
-    if changed := changed_files():
-        raise RuntimeError(
-            f"{' and '.join(changed)} changed after this kernel had imported the old "
-            "version, which would run on; restart the kernel, and run the cells again"
-        )
 
 
 def check_all(checks, failure: str, anyway: bool = False):
