@@ -106,16 +106,22 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
 def plot_ppo(history: list[dict], before: list[dict] = ()):
     """The curves of a PPO run, one point per rollout, over what is healthy (green).
 
-    `before` is the history of another run, for comparison, in grey.
+    `before` is the history of another run, for comparison, in grey. Updates that took
+    fewer steps than others are crossed.
     """
     figure, axes = subplots(plot_ppo, 2, 3, (12.6, 6))
+    steps = [step.get("optimizer_steps", 0) for step in history]
     for axis, (name, title, unit, healthy) in zip(axes.flat, CURVES, strict=True):
         axis.plot([step[name] for step in before], color=GREY, linewidth=1)
         axis.plot([step[name] for step in history], color=BLUE)
         low, high = axis.get_ylim()
         if healthy:
-            axis.axhspan(*healthy, color=GREEN, alpha=0.12, linewidth=0)
+            axis.axhspan(*healthy, color=GREEN, alpha=0.12)
+            axis.hlines(healthy, *axis.get_xlim(), color=GREEN, linewidth=0.8)
             low, high = min(low, healthy[0]), high if name == "kl" else max(high, 0.01)
+        if name == "approx_kl":
+            early = [i for i, n in enumerate(steps) if n < max(steps)]
+            axis.plot(early, [history[i][name] for i in early], "x", color=RED)
         axis.set(title=title, xlabel="rollout", ylabel=unit, ylim=(low, high))
     return figure
 
