@@ -23,8 +23,9 @@ REMEDIES = {  # by words in the classes of an error and its causes, or in the fi
 OF_A_FILE = {r"": "make it anew, or name another"}
 OF_THE_HUB = {
     r"GatedRepo|gated dataset|'403": "accept its terms on the hub, and set HF_TOKEN",
-    r"'401": "correct the name; if it is private, set or renew HF_TOKEN",
+    r"'401": "correct the name, or set, renew or unset HF_TOKEN",
     r"certificate|CERTIFICATE": "name your company's certificate in SSL_CERT_FILE",
+    r"socksio": "do that, or unset ALL_PROXY",
     r"'407|[Pp]roxy": "correct HTTPS_PROXY",
     r"Connect|Timeout|Protocol|[Oo]ffline|outgoing|'429|'50\d": (
         "connect or try again later, or take the preset 'tiny'"
