@@ -22,7 +22,7 @@ except ImportError:  # on Windows
     resource = None
 
 # Of notebook 3: its models, prompts and scores, its loop, and its judges
-SERIES = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
+SERIES = ("load", "prompts", "batch", "score", "score-function")
 SERIES += (*LOOP, "judges", "evaluate")
 
 

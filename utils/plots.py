@@ -117,7 +117,8 @@ def plot_ppo(history: list[dict], before: list[dict] = ()):
         low, high = axis.get_ylim()
         if healthy:
             axis.axhspan(*healthy, color=GREEN, alpha=0.12)
-            axis.hlines(healthy, *axis.get_xlim(), color=GREEN, linewidth=0.8)
+            for edge in healthy:
+                axis.axhline(edge, color=GREEN, linewidth=0.8)
             low, high = min(low, healthy[0]), high if name == "kl" else max(high, 0.01)
         if name == "approx_kl":
             early = [i for i, n in enumerate(steps) if n < max(steps)]
@@ -130,7 +131,7 @@ def plot_rewards(before: list[float], after: list[float]):
     """Rewards of the same prompts' responses before and after PPO."""
     figure, axis = subplots(plot_rewards, 1, 1, (6, 3))
     names = ["before", "after"]
-    axis.hist([before, after], 20, range=(-1, 1), color=[RED, BLUE], label=names)
+    axis.hist([before, after], 10, range=(-1, 1), color=[RED, BLUE], label=names)
     axis.set(xlabel="reward, 2σ(raw logit) − 1", ylabel="responses")
     axis.legend(frameon=False)
     return figure
