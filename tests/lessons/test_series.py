@@ -3,20 +3,14 @@
 import io
 import json
 import math
-import re
-import shlex
-import shutil
 
 import coverage
 import pytest
 import torch
-from nbclient import NotebookClient
-from nbformat.v4 import new_code_cell
 
 from practice import tiny_world
 from practice.cells import import_cells
-from tests.conftest import ROOT, code_cells, ours, read, run_series
-from utils import __main__ as command
+from tests.conftest import code_cells
 from utils.data import load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze
 from utils.runs import NOTEBOOKS, STAGES
@@ -108,30 +102,3 @@ def test_they_execute_most_of_utils(series, report):
     for line in table.getvalue().splitlines():
         report("statements of utils that notebooks 1 to 3 execute", line)
     assert "__main__" in table.getvalue() and share >= 85
-
-
-BRIEF = {"5": "ROLLOUTS = 0", "6": "PAIRS, ROLLOUTS = 200, 2", "7": "ROLLOUTS = 0"}
-BRIEF |= {"8": "ROLLOUTS = 0", "9": "", "4": "PROMPTS = 32"}
-
-
-@pytest.mark.parametrize("number", BRIEF)
-def test_another_lesson_runs_on_these_models(series, number):
-    """Briefly, with a cell below the first one as papermill puts it."""
-    notebook, changes = read(NOTEBOOKS[number]), {"runs_dir": str(series[0].parent)}
-    place = [cell.id for cell in notebook.cells].index("parameters") + 1
-    chosen = f'PRESET, CHANGES = "tiny", {changes}\n{BRIEF[number]}'
-    notebook.cells.insert(place, new_code_cell(chosen))
-    where = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(notebook, timeout=None, resources=where).execute(env=ours())
-
-
-def test_notebook_3_without_its_models_says_what_to_do(world, tmp_path):
-    shutil.copytree(world, tmp_path / "tiny" / "world")
-    changes = {"runs_dir": str(tmp_path), "seed": 7}
-    done = run_series("--only", 3, changes=changes)
-    assert done.returncode == 1
-    assert "3-RLHF.ipynb failed" in done.stderr and "USE_DRIVE = True" in done.stderr
-    # The very command that makes them where this notebook looks for them
-    arguments = shlex.split(re.search("!python -m utils (.*)", done.stderr)[1])
-    ((_, settings),) = command.parse(arguments)[0].values()
-    assert settings == load_settings("tiny", changes)

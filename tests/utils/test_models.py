@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import refused
 from utils import models
@@ -20,30 +20,6 @@ def gpt2(**changes):
     return GPT2LMHeadModel(config).eval()
 
 
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
-
-
-def test_position_ids_by_hand():
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    assert models.position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
-
-
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(make, side):
-    model, (ids, mask) = make().double(), pad(ROWS, pad_id=0, side=side)
-    with torch.no_grad():
-        hidden = models.hidden_states(model.base_model, ids, mask)
-        together = models.vocabulary_logits(model, hidden)
-        for row, real, ours in zip(ROWS, mask.bool(), together, strict=True):
-            alone = model(torch.tensor([row])).logits[0]
-            torch.testing.assert_close(ours[real], alone, atol=1e-9, rtol=0)
-
-
 def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
     gpt2().double().save_pretrained(tmp_path)
     assert gpt2().config.activation_function == "gelu_new"
@@ -53,11 +29,6 @@ def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
     torch.testing.assert_close(ours(ids).logits, expected, atol=1e-6, rtol=0)
     for model in (ours, RewardModel.from_pretrained(tmp_path).trunk):
         assert model.config.activation_function == "gelu_pytorch_tanh"
-
-
-def test_a_fresh_critic_expects_nothing():
-    values = models.PolicyWithValueHead(gpt2()).value_head(torch.randn(3, 4, 16))
-    assert values.shape == (3, 4) and values.eq(0).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -20,31 +20,24 @@ COMMON["pad_token_id"] = None
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZES, "intermediate_size": 32, "max_position_embeddings": 64}
 LLAMA = {**BERT, "num_key_value_heads": 2}
-GEMMA = {**LLAMA, "head_dim": 8, "sliding_window": 16}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-OPT = {**SIZES, "max_position_embeddings": 64, "ffn_dim": 32, "word_embed_proj_dim": 16}
 # OPT-350m's words have 512 numbers and its layers 1,024
-OPT_350M = {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
+OPT_350M = {**BERT, "ffn_dim": 32, "word_embed_proj_dim": 8}
+OPT_350M |= {"do_layer_norm_before": False}
 MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 
-# The kind of a model, its sizes, and what is said of it; nothing: it works
+# The kind of a model, its sizes, and what is said of it; nothing: it works. Refused are
+# logits that are scaled or have a bias, a look ahead, and a state in place of a cache
 DIFFER = "its logits differ"
-AHEAD = {**GEMMA, "use_bidirectional_attention": True}
 MODELS = {
-    "OPT": ("OPT", OPT, None),
     "OPT-350m, of two sizes": ("OPT", OPT_350M, None),
-    "Gemma 3": ("Gemma3Text", GEMMA, None),
     "Mistral": ("Mistral", {**LLAMA, "sliding_window": 4}, None),
     "Qwen 2": ("Qwen2", LLAMA, None),
     "Pythia (GPT-NeoX)": ("GPTNeoX", BERT, None),
     "BLOOM, without positions": ("Bloom", {**GPT2, "hidden_size": 16}, None),
-    "Falcon": ("Falcon", SIZES, None),
     "Granite": ("Granite", {**LLAMA, "logits_scaling": 8.0}, DIFFER),
-    "Gemma 2": ("Gemma2", GEMMA, DIFFER),
     "Phi 2": ("Phi", LLAMA, DIFFER),
     "BERT": ("Bert", BERT, DIFFER),
-    "Gemma 3 for embeddings": ("Gemma3Text", AHEAD, DIFFER),
-    "RWKV": ("Rwkv", MAMBA | {"attention_hidden_size": 16}, DIFFER),
     "Mamba": ("Mamba", MAMBA, "its logits differ|Error: "),
 }
 
@@ -71,7 +64,8 @@ def test_a_model_goes_the_whole_way_or_is_refused(saved, name):
     kind, sizes, fault = MODELS[name]
     folder = saved(kind, sizes)
     if fault:
-        return refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
+        refused(f"{folder}.*({fault}).*name another", load_causal_lm, folder)
+        return
     lm, reward_model = load_causal_lm(folder), RewardModel.from_pretrained(folder)
     prompts, random = pad(PROMPTS * 8, EOS, "left"), torch.Generator().manual_seed(0)
     texts = sample_responses(lm, *prompts, EOS, 6, 1.0, random)
@@ -102,15 +96,11 @@ def fail(*_, **__):
     raise TypeError("no such thing\nand more")
 
 
-def forget(trunk, ids, mask, cache=None, real=models.hidden_states):
-    return real(trunk, ids, mask[:, -ids.shape[1] :])
-
-
 def lose(*arguments, real=models.hidden_states):
     return real(*arguments) * float("nan")
 
 
-TRIED = [(fail, "TypeError: no such thing and more"), (forget, DIFFER), (lose, DIFFER)]
+TRIED = [(fail, "TypeError: no such thing and more"), (lose, DIFFER)]
 
 
 @pytest.mark.parametrize("change, says", TRIED)

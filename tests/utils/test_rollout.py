@@ -192,17 +192,6 @@ def test_label_logprobs_near_gpt2s_logits_and_from_half_precision():
     assert label_logprobs(half, hidden, labels).dtype == torch.float32
 
 
-def test_drawn_tokens_have_their_odds():
-    """Four standard errors of 100,000 draws, for rows that take turns."""
-    probs = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.01, 0.0, 0.0, 0.99]])
-    n, seeds = 100_000, (torch.Generator().manual_seed(0) for _ in range(2))
-    drawn, again = (draw(probs.repeat(n, 1), generator) for generator in seeds)
-    assert torch.equal(drawn, again)
-    for k, p in enumerate(probs):
-        shares = drawn[k::2].bincount(minlength=4) / n
-        assert ((shares - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
-
-
 def test_what_has_no_chance_is_never_drawn(monkeypatch):
     """Not even by the smallest or the largest number; of NaN, a word that there is."""
     half, nan = [0.0, 0.5, 0.5, 0.0], [NAN] * 4
