@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from practice.cells import LOOP, import_cells
 from tests.conftest import read
 from tests.small import EOS, PROMPTS, SETTINGS, small_lm, small_tokenizer
-from utils import models, rollout, runs
+from utils import models, rollout
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.plots import CURVES
 
@@ -156,35 +157,26 @@ def test_what_lasts_is_a_sign_and_has_its_row(name, value, odd, row, first):
     assert len(remedy) > 10
 
 
-def test_a_pause_looks_draws_and_says_once(monkeypatch):
-    """Four rollouts, saved after the third, and gone on with by another process."""
+def test_a_pause_looks_draws_and_says_once():
+    """Of four rollouts; and in another process, which goes on after the third."""
     row = dict.fromkeys([name for name, *_ in CURVES], 0.1) | HEALTHY | {"kl": 99.0}
     run = SimpleNamespace(policy=None, history=[], snapshots={}, said=[])
-    did = {name: [] for name in ("write", "log", "save", "update")}
-
-    def len_of_run(given):
-        return len(run.history)
-
-    def note(name, what):
-        remember = lambda *given, **_: did[name].append(what(given))  # noqa: E731
-        return SimpleNamespace(**{name: remember})
-
-    checkpoint = SimpleNamespace(restore=lambda: None, **vars(note("save", len_of_run)))
-    monkeypatch.setattr(runs, "Checkpoint", lambda *_: checkpoint)
-    unused = ["prompts_of", "score", "reference", "reward_model", "train_prompts"]
+    written, logged, saved, drawn = [], [], [], []
+    shown = SimpleNamespace(update=lambda picture, **_: drawn.append([*picture]))
+    checkpoint = SimpleNamespace(save=lambda: saved.append(len(run.history)))
     names = {"settings": dataclasses.replace(SETTINGS, ppo_episodes=4 * 24), "run": run}
     names |= {"evaluate": lambda *_, **__: ({"kl": 0.0}, [1] * 9), "held_out": PROMPTS}
-    names |= import_cells(NOTEBOOK, *LOOP) | dict.fromkeys(unused)
+    names |= {"log": lambda figures, step: logged.append(step), "time": time}
+    names |= {"checkpoint": checkpoint}
     for steps in (range(4), range(3, 5)):
-        cells = import_cells(NOTEBOOK, "checkpoint", "snapshot", "pause", names=names)
-        cells["tqdm"] = note("write", lambda given: given[0])
-        cells["display"] = lambda **_: note("update", lambda given: list(given[0]))
-        cells["log"] = lambda figures, step: did["log"].append(len(run.history))
+        cells = import_cells(NOTEBOOK, "snapshot", "pause", names=names)
+        cells |= {"display": lambda **_: shown, "tqdm": SimpleNamespace()}
+        cells["tqdm"].write = written.append
         cells["curves"]["next"] = 0  # so that it is time
         for step in steps:
             run.history = [row] * step
             cells["pause"](step)
     assert run.snapshots == {step: ({"kl": 0.0}, [1] * 6) for step in range(5)}
-    assert did["log"] == [1, 2, 3, 3, 4] and did["save"] == [0, 1, 2, 3, 3, 4]
-    assert did["update"] == [["image/png"]] * 2  # once in each: the next is not due
-    assert did["write"] == ["rollout 3, KL to the reference: see the glossary below"]
+    assert logged == [1, 2, 3, 3, 4] and saved == [0, 1, 2, 3, 3, 4]
+    assert drawn == [["image/png"]] * 2  # once in each: the next is not due
+    assert written == ["rollout 3, KL to the reference: see the glossary below"]

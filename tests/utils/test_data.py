@@ -297,17 +297,13 @@ def test_no_prompt_ends_within_a_letter():
     assert not any("\ufffd" in text for text in found) and "" not in found
 
 
-def test_pad_and_labels_by_hand():
-    """The label of the closing EOS is kept, though padding is the same token."""
-    ids, mask = data.pad([[5, 6, 0], [8, 0]], pad_id=0)
-    assert ids.tolist() == [[5, 6, 0], [8, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert data.lm_labels(ids, mask).tolist() == [[5, 6, 0], [8, 0, -100]]
-    ids, mask = data.pad([[5, 6, 7], [8]], pad_id=9, side="left")
-    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    with pytest.raises((ValueError, RuntimeError), match="left or right"):
-        data.pad([[1]], 0, side="middle")
+def test_padding_on_either_side_by_hand():
+    for side, padded, real in (
+        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
+    ):
+        ids, mask = data.pad([[5, 6, 7], [8]], pad_id=9, side=side)
+        assert (ids.tolist(), mask.tolist()) == (padded, real)
 
 
 def test_batches_hold_every_row_once_and_little_padding():

@@ -1,17 +1,16 @@
 """The driver: each run once, on after an interruption, equal numbers of episodes."""
 
 import json
-import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from utils.settings import TINY, load_settings
 from workshop import measure
-from workshop.measure import KNOWN, Measurement, Runs, basis
+from workshop.measure import KNOWN, NOTEBOOKS, Measurement, Runs, basis
 
 CALLS, BROKEN = [], []
 
@@ -23,34 +22,34 @@ def one(settings, seed, name, n=100):
     return {"score": seed / 3, "episodes": n, "curves": {"kl": [seed]}}
 
 
-def where(settings, seed):
-    return {"process": os.getpid()}
-
-
 def both(runs):
     return {"race": runs("race", {name: (one, name) for name in "ab"})}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """A thread in the place of processes, and nothing called yet."""
+    """A thread in the place of processes, one for each run; and nothing called yet."""
+
+    def pool(n, start, max_tasks_per_child, **how):
+        assert (start.get_start_method(), max_tasks_per_child) == ("spawn", 1)
+        return ThreadPoolExecutor(n)
+
     CALLS.clear()
     BROKEN.clear()
-    pool = lambda n, start, **how: ThreadPoolExecutor(n)  # noqa: E731
     monkeypatch.setattr(measure, "ProcessPoolExecutor", pool)
 
 
 @pytest.fixture
-def known(here, tmp_path, monkeypatch):
-    """One measurement, on the lessons as they are and models that are pretended."""
+def known(tmp_path, monkeypatch):
+    """One measurement, on code, lessons and models that hold nothing but a 1."""
     place = {name: TINY.folder / name for name in ("sft", "reward_model")}
-    for name, folder in place.items():
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "metrics.json").write_text(name)
-    for room in ("utils", "practice", "more"):
-        shutil.copytree(measure.ROOT / room, tmp_path / room)
-    for notebook in measure.NOTEBOOKS.values():
-        shutil.copy(measure.ROOT / notebook, tmp_path / notebook)
+    files = [f"{room}/a.py" for room in ("utils", "practice", "more")]
+    for file in (*files, *(folder / "metrics.json" for folder in place.values())):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text('"1"')
+    for notebook in NOTEBOOKS.values():
+        one = new_notebook(cells=[new_code_cell("1")])
+        nbformat.write(one, tmp_path / notebook)
     found = lambda *_: [tmp_path / folder for folder in place.values()]  # noqa: E731
     monkeypatch.setattr(measure, "find_artefacts", found)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
@@ -58,7 +57,7 @@ def known(here, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_runs_take_turns_and_each_is_made_once(here, tmp_path):
+def test_runs_take_turns_and_each_is_made_once(tmp_path):
     BROKEN.append(("a", 1))
     with pytest.raises(RuntimeError, match="out of memory"):
         both(Runs(TINY, 2, 1, tmp_path))
@@ -74,7 +73,7 @@ def test_runs_take_turns_and_each_is_made_once(here, tmp_path):
     assert CALLS[1:] == [("a", 2), ("b", 2)]
 
 
-def test_unequal_numbers_of_episodes_are_refused(here, tmp_path):
+def test_unequal_numbers_of_episodes_are_refused(tmp_path):
     """As soon as two ways are there; and of what is taken up, too."""
     ways = {"PPO": (one, "PPO", 2_560), "DPO": (one, "DPO", 5_120)}
     said = "race: (PPO 2,560|DPO 5,120) and .* episodes cannot be compared"
@@ -82,11 +81,6 @@ def test_unequal_numbers_of_episodes_are_refused(here, tmp_path):
         with pytest.raises(ValueError, match=said):
             Runs(TINY, 3, 1, tmp_path)("race", ways)
     Runs(TINY, 1, 1, tmp_path)("alone", {"PPO": (one, "PPO", 7)})  # another part
-
-
-def test_each_run_has_a_process_of_its_own(tmp_path):
-    found = Runs(TINY, 2, 2, tmp_path)("race", {"a": (where,)})["a"]["process"]
-    assert len({*found, os.getpid()}) == 3
 
 
 def test_what_is_written(known, capsys):
@@ -103,29 +97,14 @@ def test_what_is_written(known, capsys):
 
 
 def test_an_edit_begins_anew(known):
-    """Of a lesson that is run, a module, a setting, a model; not of another lesson."""
-    race, seen = KNOWN["race"], set()
-
-    def new(settings=TINY):
-        seen.add(basis(race, settings))
-        return len(seen)
-
-    def edit(number):
-        path = known / measure.NOTEBOOKS[number]
-        notebook = nbformat.read(path, as_version=4)
-        next(c for c in notebook.cells if c.cell_type == "code").source += "\npass"
-        nbformat.write(notebook, path)
-
-    assert new() == new() == 1
-    edit("8")
-    assert new() == 1
-    edit("5")
-    assert new() == 2
-    for file in ("utils/ppo.py", "more/estimators.py", "runs/tiny/sft/metrics.json"):
-        before = len(seen)
-        (known / file).write_text((known / file).read_text() + " ")
-        assert new() == before + 1, file
-    assert new(load_settings("tiny", {"kl_coef": 0.3})) == 6
+    """Of a module, a lesson that is run, a model, a setting; not of another lesson."""
+    race, seen = KNOWN["race"], {basis(KNOWN["race"], TINY)}
+    for file in ("utils/a.py", "more/a.py", "runs/tiny/sft/metrics.json", "5", "8"):
+        path = known / NOTEBOOKS.get(file, file)
+        path.write_text(path.read_text().replace('"1"', '"2"'))
+        assert (basis(race, TINY) in seen) == (file == "8"), file
+        seen.add(basis(race, TINY))
+    assert basis(race, load_settings("tiny", {"kl_coef": 0.3})) not in seen
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,16 @@ import json
 import statistics
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from practice import tiny_world
 from utils.__main__ import parse
 from utils.models import load_causal_lm
-from utils.runs import NOTEBOOKS, STAGES
+from utils.runs import STAGES
 from utils.settings import TINY, load_settings
 from workshop import series
-from workshop.measure import by_seed
 
-LINKS = "[a](utils/x.py), [b](https://b.c), [d](#d)"
 FIGURES_OF = dict(zip(STAGES, ("validation_perplexity", "accuracy", "kl"), strict=True))
 
 
@@ -32,17 +29,13 @@ class Pretended:
         if stage == self.broken:
             return SimpleNamespace(returncode=1, stderr="KeyError: the cause")
         self.asked.append((stage, settings))
-        folder = self.root / settings.folder
-        (folder / stage).mkdir(parents=True)
-        says = f"*The outputs on this page are of {settings.seed}.*\n\n{LINKS}"
-        streams = [new_output("stream", name=x, text=x) for x in ("stdout", "stderr")]
-        cells = [new_markdown_cell(says), new_code_cell("x](y)", outputs=streams)]
-        nbformat.write(new_notebook(cells=cells), folder / file.name)
+        folder = self.root / settings.folder / stage
+        folder.mkdir(parents=True)
         metrics = {"before": {}, "after": {FIGURES_OF[stage]: settings.seed / 2}}
         if stage == "policy":
             metrics["before"] = {"kl": 1.0}
             metrics["history"] = [{"approx_kl": 0.25}, {"approx_kl": 0.5}]
-        (folder / stage / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
         return SimpleNamespace(returncode=0)
 
 
@@ -51,20 +44,6 @@ def pretended(tmp_path, monkeypatch):
     runs = Pretended(tmp_path)
     monkeypatch.setattr(series, "ROOT", tmp_path)
     monkeypatch.setattr(series.subprocess, "run", runs)
-    return runs
-
-
-def runs_in(folder, settings, seeds, **more):
-    """In the place of `Runs`: each run is made here."""
-
-    def runs(part, ways, numbers=range(seeds)):
-        return {
-            name: by_seed([run(settings, seed, *rest) for seed in numbers])
-            for name, (run, *rest) in ways.items()
-        }
-
-    runs.settings, runs.seeds, runs.folder = settings, seeds, folder
-    vars(runs).update(more)
     return runs
 
 
@@ -87,40 +66,46 @@ def test_a_seed_is_run_where_it_stopped(pretended, tmp_path):
 def test_the_tiny_preset_has_a_model_for_each_seed(
     pretended, world, tmp_path, monkeypatch
 ):
-    """And mean and standard deviation of what came out."""
     monkeypatch.setitem(tiny_world.PRETRAINING, "steps", 1)
     monkeypatch.setattr(series.tiny_world, "build_world", lambda folder: world)
-    found = series.expected(runs_in(tmp_path / "made", TINY, 2))["figures"]
-    assert found["kl"] == [0.25, pytest.approx(statistics.stdev([0, 0.5]))]
-    assert [(stage, own.seed) for stage, own in pretended.asked] == [
-        (stage, seed) for seed in (0, 1) for stage in STAGES
-    ]
+    for seed in (0, 1):
+        series.tiny_run(TINY, seed, "made")
     models = [tmp_path / f"made/{seed}/tiny/world/model" for seed in (0, 1)]
     models = [load_causal_lm(str(x)) for x in (*models, world / "model")]
     one, other, own = (lm.lm_head.weight for lm in models)
     assert not one.equal(other) and not other.equal(own) and not own.equal(one)
 
 
-def test_the_page_of_a_real_run(pretended, tmp_path):
-    head = {"command": "python -m x", "commit": "abc", "seeds": 2}
-    head["machine"] = {"cpu": "A chip", "cores": 2, "torch": "2.13"}
-    folder, settings = tmp_path / "docs", load_settings("full", {"train_rows": 100})
-    folder.mkdir()
-    more = {"output": folder / "results.json", "head": head}
-    found = series.real_run(runs_in(tmp_path / "made", settings, 2, **more))
-    assert found["figures"]["kl"] == {"before": [1.0, 1.0], "after": [21.0, 21.5]}
-    assert found["figures"]["accuracy"] == {"after": [21.0, 21.5]}
-    page = (folder / "README.md").read_text()
-    assert "on SST-2. Seeds: 2; of" in page
-    assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page
+def test_mean_and_spread_over_the_seeds():
+    values = [0.25, 0.5, 1.0]
+    runs = lambda *_: {"tiny": {"after": {"kl": values}}}  # noqa: E731
+    runs.folder = "made"
+    expected = [sum(values) / 3, statistics.stdev(values)]
+    assert series.expected(runs)["figures"]["kl"] == pytest.approx(expected)
+    assert series.spread(values, ".2f") == "0.58 (0.25 to 1.00)"
+    assert series.spread([0.251, 0.249], ".2f") == "0.25"
+
+
+def test_an_executed_notebook_as_it_is_shown():
+    links = "[a](utils/x.py), [b](https://b.c), [d](#d)"
+    title = f"*The outputs on this page are of 42.*\n\n{links}"
+    streams = [new_output("stream", name=x, text=x) for x in ("stdout", "stderr")]
+    cells = [new_markdown_cell(title), new_code_cell("x](y)", outputs=streams)]
+    shown = series.as_shown(new_notebook(cells=cells), "python -m x")
+    first, second = shown.cells
+    links = "[a](../../utils/x.py), [b](https://b.c), [d](#d)"
+    assert first.source == f"*A real model's run, by `python -m x`.*\n\n{links}"
+    assert second.source == "x](y)"
+    assert [output.text for output in second.outputs] == ["stdout"]
+
+
+def test_the_page_of_a_real_run():
+    both, seconds = {"before": [1.0, 1.0], "after": [21.0, 21.5]}, {"sft": [7.0, 9.0]}
+    figures = {"kl": both, "validation_perplexity": {"after": [21.0, 21.5]}}
+    found = {"figures": figures, "first_approx_kl": [0.25, 0.25], "seconds": seconds}
+    found |= {"command": "python -m x", "commit": "abc", "seeds": 2, "peak_gib": 9.2}
+    machine = {"cpu": "A chip", "cores": 2, "torch": "2.13"}
+    page = series.page({**found, "machine": machine})
     kl = "| KL to the reference [nats per response] | 1.00 | 21.25 (21.00 to 21.50) |"
-    assert kl in page and "policy by 0.250 nats" in page
-    assert page.endswith("Written at commit abc by\n\n    python -m x\n")
-    for number in "123":
-        first, second = nbformat.read(folder / NOTEBOOKS[number], 4).cells
-        assert first.source == (
-            "*A real model's run, by `python -m x`.*\n\n"
-            "[a](../../utils/x.py), [b](https://b.c), [d](#d)"
-        )
-        assert second.source == "x](y)"
-        assert [output.text for output in second.outputs] == ["stdout"]
+    assert kl in page and "policy by 0.250 nats" in page and "Seeds: 2; of" in page
+    assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page
