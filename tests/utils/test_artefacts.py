@@ -77,10 +77,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, monkeypatch):
 
 
 TAKEN_UP = [  # other settings, and what is said; nothing: it is taken up
-    # what the two models do not depend on
-    ({"ppo_lr": 1.0, "kl_coef": 3.0, "max_new_tokens": 7, "eval_prompts": 2}, None),
-    # what errors of the loop advise; the weights are float32 in any case
-    ({"precision": "float32"}, None),
+    ({"ppo_lr": 1.0, "precision": "float32"}, None),  # what neither depends on
     ({"rm_epochs": 2}, "reward_model was made with .*'rm_epochs': 1.* notebook 2"),
     ({"seed": 7, "max_tokens": 9}, "sft was .*{'seed': 42, 'max_tokens': 66}"),
     ({"model_name": "gpt2-medium"}, "'runs/tiny/world/model'"),

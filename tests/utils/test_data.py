@@ -222,6 +222,21 @@ def tokenizer(world):
     return data.load_tokenizer(str(world / "model"))
 
 
+MACHINE = {  # of an error and its first cause the latter counts, and its remedy
+    "PermissionError: .*; ask its owner for the perm": PermissionError(13, "Denied"),
+    "OSError: .*No space.*; make room": OSError(28, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("says", MACHINE)
+def test_what_the_machine_did_is_no_fault_of_the_file(tmp_path, says):
+    def load():
+        with data.loading("model", tmp_path):
+            raise RuntimeError("damaged") from MACHINE[says]
+
+    refused(says, load)
+
+
 def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world):
     endless = AutoTokenizer.from_pretrained(world / "model")
     endless.eos_token = None

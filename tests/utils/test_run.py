@@ -11,9 +11,6 @@ from utils.runs import NOTEBOOKS
 BAD = {
     "--only 1,5x": "--only takes all, or some of 1,2,3,4,5,6,7,8,9, not {'5x'}",
     "--set ppo_epoch=1": "the nearest is 'ppo_epochs'",
-    "--set ppo_epochs": "ppo_epochs",
-    "--set ppo_episodes=100": "must be a multiple of ppo_rollout_size",
-    "--set kl_coef=nan": "kl_coef must be",
     "--preset small": "invalid choice: 'small'",
 }
 

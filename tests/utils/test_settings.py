@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tests.conftest import refused
+from tests.conftest import needs_posix, refused
 from utils.runs import prepare
 from utils.settings import FULL, TINY, Settings, load_settings
 
@@ -90,3 +90,12 @@ def test_the_first_cell_stands_above_the_shell(world, monkeypatch, capsys, tmp_p
     assert prepare("policy", "full", names)[0].preset == "full"
     refused("'tyni'.*'tiny'", prepare, "policy", "tyni")
     refused("'kl'", prepare, "policy", "", {"kl": 1})
+
+
+@needs_posix
+def test_writing_is_tried_before_anything_is_trained(world, tmp_path):
+    """In a folder in which not even root may write."""
+    (tmp_path / "tiny").symlink_to("/sys/kernel")
+    names = {"model_name": str(world / "model"), "dataset_name": str(world / "dataset")}
+    with pytest.raises(OSError, match="(?i)permi|read-only"):
+        prepare("sft", "tiny", {"runs_dir": str(tmp_path), **names})

@@ -113,8 +113,6 @@ def test_an_edit_begins_anew(known):
         ("expected --seeds 1", "--seeds must be 2 or more, got 1"),
         ("speed --seeds 0", "--seeds must be 1 or more, got 0"),
         ("race --processes 0", "--processes must be 1 or more, got 0"),
-        ("race --set ppo_episode=5", "the nearest is 'ppo_episodes'"),
-        ("real_run --set train_rows=many", "must be a whole number, got 'many'"),
         ("adapters --set runs_dir=nowhere", "nowhere/tiny/sft is not there: run noteb"),
         ("peaks", "invalid choice: 'peaks'"),
     ],

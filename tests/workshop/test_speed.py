@@ -74,16 +74,6 @@ def test_the_naive_parts_give_what_ours_give(given):
         torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
 
 
-def test_a_watch_gives_each_second_to_one_phase(monkeypatch):
-    time = iter(range(100))
-    monkeypatch.setattr(work.Watch, "now", lambda self: next(time))
-    watch = work.Watch(torch.device("cpu"))  # 0: log-probs from here on
-    inner = watch.timed("generate", lambda: None)
-    watch.timed("update", inner)()  # 1 to update, 2 to generate, 3 and 4 back
-    watch.rollout_done()  # 5
-    assert watch.rollouts == [{"log-probs": 1 + 1, "update": 1 + 1, "generate": 1}]
-
-
 @pytest.mark.parametrize("name", ["speed", "speed-real"])
 def test_the_page_quotes_what_was_measured(name):
     found = json.loads((ROOT / f"docs/{name}.json").read_text("utf8"))
@@ -91,17 +81,11 @@ def test_the_page_quotes_what_was_measured(name):
     assert re.search(rf"<!-- docs/{name}.json -->\n\w", PAGE)
 
 
-def test_rows_of_the_table_by_hand():
+def test_the_share_of_the_ceiling_by_hand():
     """12 weights a layer and width squared, (2 + 7) / 2 + 15 tokens, 4 + 3 * 4 passes.
 
-    Ratios are those of each round, and of them the median.
+    The median of the ceilings is 171.6 GFLOP/s, that of our loop 82.0 seconds.
     """
     trunk, projection = 2 * 12 * 4 * 256**2 * 19.5 * 16, 2 * 50_257 * 256 * 15 * 15
     assert round(1000 * (trunk + projection) / 171.6e9 / 82.0, 2) == 0.55
     assert "| 82.0 (79.5 to 87.6) | 1.00 | 1.19 | 55% |" in PAGE
-    loops = json.loads((ROOT / "docs/speed.json").read_text("utf8"))["loops"]
-    ours, naive = (
-        torch.tensor([loops[name][phase] for phase in speed.PHASES]).sum(dim=0)
-        for name in ("notebook", "naive loop")
-    )
-    assert f" | {(naive / ours).median():.2f} | 2.10 |" in PAGE
