@@ -23,10 +23,10 @@ def serve(models, datasets, fault=lambda n: None, accounts=None, store=None, fil
     """Serve folders under their names; gives the address for HF_ENDPOINT.
 
     `fault` maps the number of a request, from 0 on, to the status that it is refused
-    with, or None; a status may come with the hub's word for it, as (403, "GatedRepo"),
-    and at () the hub hangs up. `files` refuses so the files of a repository that is
-    described: {name: status}. `accounts` maps tokens to the owners that they may write
-    for; what is sent is written to the folder `store`, and is private.
+    with, or None; a status may come with the hub's word for it, as (403, "GatedRepo").
+    `files` refuses so the files of a repository that is described: {name: status}.
+    `accounts` maps tokens to the owners that they may write for; what is sent is
+    written to the folder `store`, and is private.
     """
     counted = itertools.count()
     repositories = {f"models/{name}": folder for name, folder in models.items()}
@@ -51,9 +51,6 @@ def serve(models, datasets, fault=lambda n: None, accounts=None, store=None, fil
                 self.wfile.write(body)
 
         def refuse(self, status):
-            if status == ():
-                self.close_connection = True
-                return
             code, word = status if isinstance(status, tuple) else (status, "refused")
             # After no time, so that the retries of the tests do not take minutes
             self.answer(code, {"error": word}, Retry_After=0, X_Error_Code=word)
@@ -69,7 +66,7 @@ def serve(models, datasets, fault=lambda n: None, accounts=None, store=None, fil
             return self.may_write(name) if name in private else name in repositories
 
         def do_GET(self, posted=b""):
-            if (status := fault(next(counted))) not in (None, False):
+            if status := fault(next(counted)):
                 return self.refuse(status)
             path = unquote(urlsplit(self.path).path).strip("/")
             if path.startswith("api/"):

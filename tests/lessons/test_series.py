@@ -7,10 +7,12 @@ import math
 import coverage
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
 
 from practice import tiny_world
 from practice.cells import import_cells
-from tests.conftest import code_cells
+from tests.conftest import ROOT, code_cells, ours, read
 from utils.data import load_reviews, load_tokenizer, tokenize
 from utils.models import RewardModel, freeze
 from utils.runs import NOTEBOOKS, STAGES
@@ -101,3 +103,14 @@ def test_they_execute_most_of_utils(series, report):
     for line in table.getvalue().splitlines():
         report("statements of utils that notebooks 1 to 3 execute", line)
     assert "__main__" in table.getvalue() and share >= 85
+
+
+@pytest.mark.parametrize("number", "578")
+def test_a_lesson_runs_on_these_models_without_live_runs(series, number):
+    """As the preset `full` has it; with a cell below the first one, as papermill's."""
+    notebook, changes = read(NOTEBOOKS[number]), {"runs_dir": str(series[0].parent)}
+    place = [cell.id for cell in notebook.cells].index("parameters") + 1
+    chosen = f'PRESET, CHANGES, ROLLOUTS = "tiny", {changes}, 0'
+    notebook.cells.insert(place, new_code_cell(chosen))
+    where = {"metadata": {"path": str(ROOT)}}
+    NotebookClient(notebook, timeout=None, resources=where).execute(env=ours())

@@ -17,46 +17,42 @@ from workshop import series
 FIGURES_OF = dict(zip(STAGES, ("validation_perplexity", "accuracy", "kl"), strict=True))
 
 
-class Pretended:
-    """Runs that write what a run writes; `asked` are stages and their settings."""
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """What a command is asked that writes what a run writes, and which stage fails."""
+    asked, broken = [], []
 
-    def __init__(self, root):
-        self.root, self.asked, self.broken = root, [], None
-
-    def __call__(self, command, **_):
+    def run(command, **_):
         ((file, (_, settings)),) = parse(command[3:])[0].items()
         stage = STAGES[int(file.name[0]) - 1]
-        if stage == self.broken:
+        if stage in broken:
             return SimpleNamespace(returncode=1, stderr="KeyError: the cause")
-        self.asked.append((stage, settings))
-        folder = self.root / settings.folder / stage
-        folder.mkdir(parents=True)
+        asked.append((stage, settings))
         metrics = {"before": {}, "after": {FIGURES_OF[stage]: settings.seed / 2}}
         if stage == "policy":
             metrics["before"] = {"kl": 1.0}
             metrics["history"] = [{"approx_kl": 0.25}, {"approx_kl": 0.5}]
+        folder = tmp_path / settings.folder / stage
+        folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(metrics))
         return SimpleNamespace(returncode=0)
 
-
-@pytest.fixture
-def pretended(tmp_path, monkeypatch):
-    runs = Pretended(tmp_path)
     monkeypatch.setattr(series, "ROOT", tmp_path)
-    monkeypatch.setattr(series.subprocess, "run", runs)
-    return runs
+    monkeypatch.setattr(series.subprocess, "run", run)
+    return asked, broken
 
 
-def test_a_seed_is_run_where_it_stopped(pretended, tmp_path):
+def test_a_seed_is_run_where_it_stopped(pretended):
     settings = load_settings("full", {"train_rows": 100, "model_name": "some/model"})
-    pretended.broken = "policy"
+    asked, broken = pretended
+    broken.append("policy")
     with pytest.raises(RuntimeError, match="(?s)seed 42 failed.*KeyError: the cause"):
         series.whole_run(settings, 42, "made")
-    pretended.broken = None
+    broken.clear()
     for _ in range(2):
         found = series.whole_run(settings, 42, "made")
         own = settings.changes | {"runs_dir": "made/42"}
-        assert pretended.asked == [(x, load_settings("full", own)) for x in STAGES]
+        assert asked == [(x, load_settings("full", own)) for x in STAGES]
     after = {"validation_perplexity": 21.0, "accuracy": 21.0, "kl": 21.0}
     assert (found["before"], found["after"]) == ({"kl": 1.0}, after)
     assert found["first_approx_kl"] == 0.25
