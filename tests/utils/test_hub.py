@@ -131,7 +131,7 @@ def loads(cases, **environ):
     rest = {k: v for k, v in os.environ.items() if not k.startswith(known)}
     environ = {**rest, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
     command = [sys.executable, "-c", LOAD, json.dumps(cases)]
-    options = {"capture_output": True, "text": True, "timeout": 90}
+    options = {"capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(command, cwd=ROOT, env=environ, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     *printed, said = done.stdout.splitlines()

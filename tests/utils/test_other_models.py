@@ -9,7 +9,6 @@ import transformers
 
 from tests.conftest import refused
 from tests.small import EOS, PROMPTS
-from utils import models
 from utils.data import pad
 from utils.models import PolicyWithValueHead, RewardModel, freeze, load_causal_lm
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
@@ -90,21 +89,3 @@ def far_from_its_own(lm, texts, logprobs):
         own = logits.log_softmax(dim=-1).gather(1, text[1:, None])[-n:, 0]
         worst = max(worst, (own - ours[:n]).abs().max().item())
     return worst
-
-
-def fail(*_, **__):
-    raise TypeError("no such thing\nand more")
-
-
-def lose(*arguments, real=models.hidden_states):
-    return real(*arguments) * float("nan")
-
-
-TRIED = [(fail, "TypeError: no such thing and more"), (lose, DIFFER)]
-
-
-@pytest.mark.parametrize("change, says", TRIED)
-def test_what_a_model_does_when_tried_is_one_sentence(saved, monkeypatch, change, says):
-    folder = saved("Llama", LLAMA)
-    monkeypatch.setattr(models, "hidden_states", change)
-    refused(f"{folder}.*{says}.*name another", load_causal_lm, folder)

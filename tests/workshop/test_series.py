@@ -93,15 +93,3 @@ def test_an_executed_notebook_as_it_is_shown():
     assert first.source == f"*A real model's run, by `python -m x`.*\n\n{links}"
     assert second.source == "x](y)"
     assert [output.text for output in second.outputs] == ["stdout"]
-
-
-def test_the_page_of_a_real_run():
-    both, seconds = {"before": [1.0, 1.0], "after": [21.0, 21.5]}, {"sft": [7.0, 9.0]}
-    figures = {"kl": both, "validation_perplexity": {"after": [21.0, 21.5]}}
-    found = {"figures": figures, "first_approx_kl": [0.25, 0.25], "seconds": seconds}
-    found |= {"command": "python -m x", "commit": "abc", "seeds": 2, "peak_gib": 9.2}
-    machine = {"cpu": "A chip", "cores": 2, "torch": "2.13"}
-    page = series.page({**found, "machine": machine})
-    kl = "| KL to the reference [nats per response] | 1.00 | 21.25 (21.00 to 21.50) |"
-    assert kl in page and "policy by 0.250 nats" in page and "Seeds: 2; of" in page
-    assert "| SFT: validation perplexity |  | 21.25 (21.00 to 21.50) |" in page
