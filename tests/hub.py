@@ -14,7 +14,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 COMMIT = "0" * 40
+CARD_NEEDS = {"license": str, "pipeline_tag": str, "tags": list, "model-index": list}
 NO_REPOSITORY, NO_FILE = (404, "RepoNotFound"), (404, "EntryNotFound")
 
 
@@ -117,7 +120,9 @@ def serve(models, datasets, fault=lambda n: None, accounts=None, store=None, fil
             path = unquote(urlsplit(self.path).path)
             name, what = f"models/{'/'.join(path.split('/')[3:5])}", path.split("/")[5:]
             if path == "/api/validate-yaml":
-                self.answer(200, {"errors": [], "warnings": []})
+                self.validate(
+                    yaml.safe_load(json.loads(posted)["content"].split("---")[1])
+                )
             elif path == "/api/repos/create":
                 self.create(json.loads(posted))
             elif what[:1] not in (["preupload"], ["commit"]):
@@ -152,6 +157,14 @@ def serve(models, datasets, fault=lambda n: None, accounts=None, store=None, fil
             if asked.get("private") or asked.get("visibility") == "private":
                 private.add(f"models/{name}")
             self.answer(200, {"url": f"http://{self.headers['Host']}/{name}"})
+
+        def validate(self, head):
+            """What the hub asks of a card's header, as far as it is documented."""
+            wrong = [
+                k for k, x in CARD_NEEDS.items() if not isinstance(head.get(k, x()), x)
+            ]
+            errors = [{"message": f'"{key}" must be of another type'} for key in wrong]
+            self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

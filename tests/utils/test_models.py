@@ -31,6 +31,11 @@ def test_the_activation_is_one_operation_and_the_same_function(tmp_path):
         assert model.config.activation_function == "gelu_pytorch_tanh"
 
 
+def test_a_fresh_critic_expects_nothing():
+    values = models.PolicyWithValueHead(gpt2()).value_head(torch.randn(3, 4, 16))
+    assert values.shape == (3, 4) and values.eq(0).all()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_reward_is_read_at_the_last_real_token(side):
     model = freeze(RewardModel(gpt2().base_model).double())
