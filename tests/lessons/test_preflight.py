@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,7 @@ SICK = {
     "trial.old_logprobs *= 1.01; trial.ref_logprobs *= 1.01": "the first ratio is 1",
     "models = (freeze(small_lm(seed=1).float()), score)" + AGAIN: "KL to the reference",
     "library.position_ids = positions_of_padding" + AGAIN: "padding on the left",
+    "shutil.disk_usage = lambda place: SimpleNamespace(free=1)": "the disk has room",
     "trial.input_ids[trial.mask.sum(1).argmax(), -trial.mask.shape[1]] = eos_id": (
         "EOS closes a response"
     ),
@@ -90,9 +92,11 @@ def test_a_sick_start_is_named_and_stopped(fault, healthy, capsys, monkeypatch):
 
     capsys.readouterr()
     check(train_anyway=False)
-    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["✓"] * 12
-    monkeypatch.setattr(models, "position_ids", models.position_ids)  # put back
+    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["✓"] * 13
+    for place, name in ((models, "position_ids"), (shutil, "disk_usage")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back
     healthy |= {"library": models, "positions_of_padding": positions_of_padding}
+    healthy |= {"shutil": shutil, "SimpleNamespace": SimpleNamespace}
     exec(fault, healthy)
     says = re.escape((SICK | HOPELESS)[fault])
     began = "go wrong" if fault in SICK else "not learn"

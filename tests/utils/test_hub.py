@@ -57,6 +57,11 @@ CAUSES = {
     "nobody there": (nobody, "Connection refused", ONLINE),
     "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
     "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
+    "a SOCKS proxy": (
+        lambda: contextlib.nullcontext("socks5://127.0.0.1"),
+        "socksio",
+        "do that, or unset ALL_PROXY",
+    ),
     "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
 }
 
