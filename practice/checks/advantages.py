@@ -4,10 +4,7 @@ import torch
 
 from practice.checks.comparison import check
 
-
-def _left(x):
-    """x (B, T) with every slot's number one slot earlier, 0 in the last."""
-    return torch.nn.functional.pad(x[:, 1:], (0, 1))
+ALL = torch.ones_like
 
 
 def _whiten(x, mask, of=1, to=0, power=0.5, lost=0, seen=torch.clone, kept=torch.clone):
@@ -18,7 +15,6 @@ def _whiten(x, mask, of=1, to=0, power=0.5, lost=0, seen=torch.clone, kept=torch
     return ((x - of * mean) / variance**power + to * mean) * kept(mask)
 
 
-ALL = torch.ones_like
 WHITENING = {
     "the mean is added back": {"to": 1},
     "padding is counted in the mean and variance": {"seen": ALL},
@@ -36,36 +32,27 @@ def check_whiten(case):
     return 3 + 2 * case.normal(), case.mask
 
 
-def _gae(rewards, values, mask, gamma, lam, behind=False):
+def _left(x):
+    """x (B, T) with every slot's number one slot earlier, 0 in the last."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1))
+
+
+def _gae(
+    rewards, values, mask, gamma, lam, real=torch.clone, inside=torch.clone,
+    read=torch.clone, added=torch.clone, out=torch.mul, summed=torch.mul,
+):  # fmt: skip
     """A_t as the explicit sum of the TD errors that follow (GAE, equation 16).
 
-    `behind`: what stands in the slot behind the last token counts as a value.
+    What a mistake changes: where values and TD errors are `real` and `inside`, how
+    values are `read` and `added`, and what goes `out`, and is `summed` to the returns.
     """
-    following = _left(values if behind else values * mask)
-    delta = (rewards + gamma * following - values) * mask
+    values = values * real(mask)
+    seen = read(values)
+    delta = (rewards + gamma * _left(seen) - seen) * inside(mask)
     places = torch.arange(mask.shape[1], dtype=delta.dtype)
-    distance = places - places[:, None]
-    weights = (gamma * lam) ** distance.clamp(min=0) * (distance >= 0)
-    advantages = (delta @ weights.t()) * mask
-    return advantages, advantages + values * mask
-
-
-def _whitened(rewards, values, mask, *rest):
-    """The advantages before and after they are whitened, and the returns of each."""
-    raw, returns = _gae(rewards, values, mask, *rest)
-    white = _whiten(raw, mask)
-    return raw, white, returns, white + values * mask
-
-
-def _late(rewards, values, mask, *rest):
-    late = _left(values * mask)
-    advantages, returns = _gae(rewards, late, mask, *rest)
-    return advantages, returns, advantages + values * mask
-
-
-def _into_the_padding(rewards, values, mask, *rest):
-    found = _gae(rewards, values, torch.ones_like(mask), *rest)
-    return tuple(x * mask for x in found)
+    weights = ((gamma * lam) ** (places - places[:, None]).clamp(min=0)).triu()
+    advantages = delta @ weights.t()
+    return out(advantages, mask), summed(advantages, mask) + added(values) * mask
 
 
 def _from_the_front(rewards, values, mask, *rest):
@@ -75,25 +62,23 @@ def _from_the_front(rewards, values, mask, *rest):
 
 ADVANTAGES = {
     "the advantages are whitened first, before the returns are formed": [
-        lambda *given: _whitened(*given)[1::2],
-        lambda *given: _whitened(*given)[0::3],
+        {"out": _whiten, "summed": _whiten},
+        {"summed": _whiten},
     ],
-    "the advantages come out whitened": lambda *given: _whitened(*given)[1:3],
+    "the advantages come out whitened": {"out": _whiten},
     "the values are read one slot late": [
-        lambda *given: _late(*given)[:2],
-        lambda *given: _late(*given)[0::2],
+        {"read": _left, "added": _left},
+        {"read": _left},
     ],
-    "the sum runs on into the padding": _into_the_padding,
+    "the sum runs on into the padding": {"real": ALL, "inside": ALL},
     "the slot behind EOS has a value; nothing more is to come, so it is 0": {
-        "behind": True
+        "real": ALL
     },
-    "lambda is left out": lambda r, v, m, gamma, lam: _gae(r, v, m, gamma, 1.0),
-    "gamma is left out": lambda r, v, m, gamma, lam: _gae(r, v, m, 1.0, lam),
-    "only the TD error of the token itself counts": (
-        lambda r, v, m, gamma, lam: _gae(r, v, m, gamma, 0.0)
-    ),
+    "lambda is left out": {"lam": 1.0},
+    "gamma is left out": {"gamma": 1.0},
+    "only the TD error of the token itself counts": {"lam": 0.0},
     "the sum runs from first token to last": _from_the_front,
-    "the returns lack the values: G = A + V": lambda *given: (_gae(*given)[0],) * 2,
+    "the returns lack the values: G = A + V": {"added": torch.zeros_like},
 }
 
 

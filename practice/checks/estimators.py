@@ -1,84 +1,71 @@
 """Checks of the advantages of whole responses, and of GRPO's loss."""
 
-import statistics
+import functools
+from statistics import mean, pstdev, stdev, variance
 
 import torch
 
-from practice.checks.comparison import check, loss_and_gradient
+from practice.checks.comparison import check
+from practice.checks.rewards import k3
 
 
-def _groups(case, prompts=3, k=4):
-    """Scores of k responses to each prompt, each prompt with a level of its own."""
-    levels = 3 * case.normal(prompts, 1)
-    groups = levels + case.normal(prompts, k) * torch.tensor([[0.5], [1.0], [2.0]])
-    return groups.flatten(), k
+def _of_others(own, others):
+    return mean(others)
 
 
-def _of_each(advantage):
-    """Advantages of scores by `advantage(own, others)`, one response at a time."""
-
-    def advantages(scores, k):
-        groups = [group.tolist() for group in scores.split(k)]
-        each = ((g[i], g[:i] + g[i + 1 :]) for g in groups for i in range(len(g)))
-        return torch.tensor([advantage(*x) for x in each], dtype=scores.dtype)
-
-    return advantages
+def _of_all(own, others):
+    return mean([own, *others])
 
 
-def _mistakes_of_groups(right):
-    """What goes wrong with any comparison within a group."""
-
-    def across(scores, k):
-        found = right(scores.view(k, -1).t().flatten(), k)
-        return found.view(-1, k).t().flatten()
-
-    return {
-        "the groups go across the prompts, as if these came round and round": across,
-        "all responses are one group, whatever their prompt": (
-            lambda scores, k: right(scores, len(scores))
-        ),
-        "the sign is turned: worse responses become likelier": (
-            lambda scores, k: -right(scores, k)
-        ),
-    }
+def _advantages(
+    scores, k, base, spread=None, sign=1, rows=lambda places, k: places.view(-1, k)
+):
+    """Each score less `base(own, others)`, by the group's spread, one at a time."""
+    found = torch.zeros_like(scores)
+    for row in rows(torch.arange(len(scores)), k):
+        group = scores[row].tolist()
+        by = spread(group) + 1e-4 if spread else 1
+        for i, own in enumerate(group):
+            found[row[i]] = sign * (own - base(own, group[:i] + group[i + 1 :])) / by
+    return found
 
 
-def _less_the_others(own, others):
-    return own - statistics.mean(others)
-
-
-def _less_all(own, others):
-    return own - statistics.mean([own, *others])
-
-
-def _over(spread, difference=_less_all):
-    """Advantages divided by the spread of the group."""
-    return _of_each(
-        lambda own, others: difference(own, others) / (spread([own, *others]) + 1e-4)
-    )
-
-
-_rloo, _grpo = _of_each(_less_the_others), _over(statistics.stdev)
-_mixed = _over(statistics.stdev, _less_the_others)
+_rloo = functools.partial(_advantages, base=_of_others)
+_grpo = functools.partial(_advantages, base=_of_all, spread=stdev)
+OF_GROUPS = {
+    "the groups go across the prompts, as if these came round and round": {
+        "rows": lambda places, k: places.view(k, -1).t()
+    },
+    "all responses are one group, whatever their prompt": {
+        "rows": lambda places, k: places.view(1, -1)
+    },
+    "the sign is turned: worse responses become likelier": {"sign": -1},
+}
 RLOO = {
-    "the baseline is the mean of all k, its own score among them": _of_each(_less_all),
-    "there is no baseline": lambda scores, k: scores,
-    "it is divided by the spread of the group, as in GRPO": _mixed,
-    "the sum of the others is divided by k, not by k - 1": (
-        _of_each(lambda own, others: own - sum(others) / (len(others) + 1))
-    ),
-    **_mistakes_of_groups(_rloo),
+    "the baseline is the mean of all k, its own score among them": {"base": _of_all},
+    "there is no baseline": {"base": lambda own, others: 0},
+    "it is divided by the spread of the group, as in GRPO": {"spread": stdev},
+    "the sum of the others is divided by k, not by k - 1": {
+        "base": lambda own, others: sum(others) / (len(others) + 1)
+    },
+    **OF_GROUPS,
 }
 GRPO = {
-    "it is not divided by the spread of the group": _of_each(_less_all),
+    "it is not divided by the spread of the group": {"spread": None},
     "the spread is that of the whole batch, not of the group": (
-        lambda scores, k: _of_each(_less_all)(scores, k) / (scores.std() + 1e-4)
+        lambda scores, k: _grpo(scores, k, spread=lambda group: scores.std())
     ),
-    "the variance is divided by k, not by k - 1": _over(statistics.pstdev),
-    "the divisor is the variance, not its root": _over(statistics.variance),
-    "the baseline is the mean of the others, as in RLOO": _mixed,
-    **_mistakes_of_groups(_grpo),
+    "the variance is divided by k, not by k - 1": {"spread": pstdev},
+    "the divisor is the variance, not its root": {"spread": variance},
+    "the baseline is the mean of the others, as in RLOO": {"base": _of_others},
+    **OF_GROUPS,
 }
+
+
+def _groups(case):
+    """Scores of 4 responses to each of 3 prompts, each prompt with its own level."""
+    spreads = torch.tensor([[0.5], [1.0], [2.0]])
+    return (3 * case.normal(3, 1) + spreads * case.normal(3, 4)).flatten(), 4
 
 
 @check(_rloo, RLOO, "advantages")
@@ -93,39 +80,34 @@ def check_grpo_advantages(case):
     return _groups(case)
 
 
-def _k3(ratio):
-    return torch.exp(-ratio) - 1 + ratio
-
-
 def _loss(
-    new, old, ref, A, mask, clip, beta, mean, price=1, kl=_k3, pick=torch.maximum,
-    by=None, slots=False,
-):  # fmt: skip
+    new, old, ref, A, mask, clip, beta, mean, kl=k3, pick=torch.maximum, slots=False
+):
     """GRPO's loss, response by response; the rest says what a mistake changes."""
     total, lengths = 0.0, mask.sum(dim=1)
     for b, n in enumerate(lengths.tolist()):
         ratio = torch.exp(new[b, :n] - old[b, :n])
         each = pick(-A[b] * ratio, -A[b] * ratio.clamp(1 - clip, 1 + clip))
-        each = each + price * beta * kl(new[b, :n] - ref[b, :n])
-        over = n * len(mask) if (by or mean) == "response" else lengths.sum()
+        each = each + beta * kl(new[b, :n] - ref[b, :n])
+        over = n * len(mask) if mean == "response" else lengths.sum()
         total = total + each.sum() / (mask.numel() if slots else over)
     return total
 
 
 LOSS = {
-    "the KL has the wrong sign: it is paid for, not charged": {"price": -1},
-    "the KL is counted twice": {"price": 2},
-    "the KL is left out": {"price": 0},
-    "k3 takes the log-ratio reversed": {"kl": lambda ratio: _k3(-ratio)},
+    "the KL has the wrong sign: it is paid for, not charged": {"kl": lambda x: -k3(x)},
+    "the KL is counted twice": {"kl": lambda x: 2 * k3(x)},
+    "the KL is left out": {"beta": 0},
+    "k3 takes the log-ratio reversed": {"kl": lambda x: k3(-x)},
     "k1 stands for k3: its gradient is 0 on average": {"kl": torch.clone},
     "min stands for max": {"pick": torch.minimum},
-    "each token weighs the same, also with mean by response": {"by": "token"},
-    "each response weighs the same, also with mean by token": {"by": "response"},
+    "each token weighs the same, also with mean by response": {"mean": "token"},
+    "each response weighs the same, also with mean by token": {"mean": "response"},
     "the sum is divided by all slots, padding too": {"slots": True},
 }
 
 
-@check(_loss, LOSS)
+@check(_loss, LOSS, "loss", "gradient", leaves=1)
 def check_grpo_loss(case):
     """`grpo_loss(logprobs, old, ref, advantages, mask, clip_range, kl_coef, mean)`.
 
@@ -137,12 +119,4 @@ def check_grpo_loss(case):
     # In the longest response: far up and far down
     new[1, :2] = old[1, :2] + case.uniform(0.5, 0.7) * torch.tensor([1.0, -1.0])
     given = (new, old, ref, advantages, case.mask, *numbers)
-
-    def measure(function):
-        got = {}
-        for mean in ("response", "token"):
-            found = loss_and_gradient(given, 1, function, mean=mean)
-            got |= {f"{k} by {mean}": found[k] for k in ("loss", "gradient")}
-        return got
-
-    return measure
+    return {f" by {mean}": (*given, mean) for mean in ("response", "token")}

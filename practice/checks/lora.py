@@ -7,22 +7,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (i
 from practice.checks.comparison import check
 
 SIZE, RANK = 5, 3  # as many inputs as outputs: what is turned around still fits
-
-
-def _of_layers(case):
-    """What a function says of the same W (out, in) and bias in both kinds of layer."""
-    W, bias = case.normal(SIZE, SIZE), case.normal(SIZE)
-    layers = {"nn.Linear": nn.Linear(SIZE, SIZE), "Conv1D": Conv1D(SIZE, SIZE)}
-    for layer, weight in zip(layers.values(), (W, W.t()), strict=True):
-        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
-    A, B, alpha = case.normal(RANK, SIZE), case.normal(SIZE, RANK), case.uniform(5, 9)
-
-    @torch.no_grad()
-    def measure(function):
-        given = A.clone(), B.clone(), alpha
-        return {f"result for {k}": function(x, *given) for k, x in layers.items()}
-
-    return measure
+EVERY_INPUT = torch.eye(SIZE, dtype=torch.float64)
 
 
 def _scaled(A, B, alpha, power=1, factor=1, turned=False):
@@ -46,24 +31,21 @@ def _merged(layer, A, B, alpha, base=1, other="", **changes):
     return base * layer.weight + (update.t() if turned else update)
 
 
-def _scales(right):
-    return {
-        "alpha / r is left out": lambda *given: right(*given[:-1], RANK),
-        "it is multiplied by alpha, and not divided by r": {"power": 0},
-        "alpha is divided by the root of r, as in rsLoRA": {"power": 0.5},
-        "the update is subtracted": {"factor": -1},
-    }
-
-
+SCALES = {
+    "alpha / r is left out": {"alpha": RANK},
+    "it is multiplied by alpha, and not divided by r": {"power": 0},
+    "alpha is divided by the root of r, as in rsLoRA": {"power": 0.5},
+    "the update is subtracted": {"factor": -1},
+}
 LAYER = {
-    **_scales(_adapted),
+    **SCALES,
     "W x is left out": {"base": 0},
     "the update is turned around": {"turned": True},
     "the adapter is off": {"factor": 0},
     "the weight of Conv1D is taken for that of nn.Linear": {"as_linear": True},
 }
 WEIGHT = {
-    **_scales(_merged),
+    **SCALES,
     "it is merged twice": {"factor": 2},
     "W is left out: this is the update alone": {"base": 0},
     "the update is not transposed for Conv1D, whose weight is (in, out)": {
@@ -75,17 +57,28 @@ WEIGHT = {
 }
 
 
-@check(_adapted, LAYER)
+def _layers(case):
+    """The same W (out, in) and bias in both kinds of layer, and an adapter."""
+    W, bias = case.normal(SIZE, SIZE), case.normal(SIZE)
+    adapter = case.normal(RANK, SIZE), case.normal(SIZE, RANK), case.uniform(5, 9)
+    calls = {}
+    for kind, weight in ((nn.Linear, W), (Conv1D, W.t())):
+        layer = kind(SIZE, SIZE)
+        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+        calls[f" for {kind.__name__}"] = layer, *adapter
+    return calls
+
+
+@check(_adapted, LAYER, "result", read=lambda layer: layer(EVERY_INPUT))
 def check_adapted_layer(case):
     """`adapted_layer(layer, A, B, alpha)` -> a layer of W x + (alpha / r) B A x."""
-    measure, x = _of_layers(case), case.normal(4, SIZE)
-    return lambda function: measure(lambda *given: function(*given)(x))
+    return _layers(case)
 
 
-@check(_merged, WEIGHT)
+@check(_merged, WEIGHT, "result")
 def check_merged_weight(case):
     """`merged_weight(layer, A, B, alpha)` -> the weight, as the layer stores it."""
-    return _of_layers(case)
+    return _layers(case)
 
 
 def _read(
@@ -122,7 +115,7 @@ READING = {
 }
 
 
-@check(_read, READING)
+@check(_read, READING, "")
 def check_read_one_base(case):
     """`read_one_base(states, labels, vocabulary, value_head, reward_head)`.
 
@@ -132,11 +125,5 @@ def check_read_one_base(case):
     shape, size, words = case.mask.shape, 4, 6
     found = {name: case.normal(*shape, size) for name in ("policy", "reward", None)}
     labels, vocabulary = case.integers(0, words, shape), case.normal(words, size)
-    weights = case.normal(2, size)
-    heads = [lambda x, w=w: x @ w for w in weights]
-
-    @torch.no_grad()
-    def measure(function):
-        return function(lambda name: found[name].clone(), labels, vocabulary, *heads)
-
-    return measure
+    heads = [lambda x, w=w: x @ w for w in case.normal(2, size)]
+    return lambda name: found[name].clone(), labels, vocabulary, *heads

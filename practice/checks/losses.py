@@ -3,44 +3,35 @@
 import torch
 
 from practice.checks.comparison import check
+from practice.checks.rewards import k3
 
 
 def _mean(x, mask):
     return x[mask.bool()].mean()
 
 
+def _by_response(x, mask):
+    return ((x * mask).sum(dim=1) / mask.sum(dim=1)).mean()
+
+
 def _near(ratio, clip):
     return ratio.clamp(1 - clip, 1 + clip)
 
 
-def _k3(ratio):
-    return ratio - 1 - ratio.log()
-
-
 def _policy_loss(
-    new,
-    old,
-    A,
-    mask,
-    clip,
-    pick=torch.maximum,
-    sign=1,
-    turn=1,
-    kl=1,
-    near=_near,
+    new, old, A, mask, clip, pick=torch.maximum, sign=1, turn=1, kl=k3, near=_near,
     mean=_mean,
-):
+):  # fmt: skip
     """PPO's loss; the rest says what a mistake changes. The statistics stay right."""
     ratio = torch.exp(turn * (new - old))
     plain, clipped = (-sign * A * x for x in (ratio, near(ratio, clip)))
     rho, A = torch.exp(new - old)[mask.bool()], A[mask.bool()]
-    stats = {
-        "approx_kl": _k3(rho**kl).mean(),
+    return mean(pick(plain, clipped), mask), {
+        "approx_kl": kl(-rho.log()).mean(),
         "clip_fraction": (A * _near(rho, clip) < A * rho).double().mean(),
         "ratio_mean": rho.mean(),
         "ratio_max": rho.max(),
     }
-    return mean(pick(plain, clipped), mask), stats
 
 
 def _value_loss(
@@ -53,14 +44,9 @@ def _value_loss(
         return (values - returns) ** 2, (near - returns) ** 2
 
     plain, clipped = errors(old)
-    bound = (clipped > plain)[mask.bool()].double().mean()
+    bound = _mean((clipped > plain).double(), mask)
     loss = half * mean(pick(*errors(at(old, returns) if at else old)), mask)
     return loss, {"value_clip_fraction": bound}
-
-
-def _by_response(x, mask):
-    rows = zip(x, mask, strict=True)
-    return torch.stack([_mean(*row) for row in rows]).mean()
 
 
 def _first(plain, clipped):
@@ -74,7 +60,7 @@ def _second(plain, clipped):
 OF_BOTH = {
     "there is no mask: padding counts like a token": {"mean": lambda x, mask: x.mean()},
     "the sum is divided by the number of all slots, not of the real tokens": {
-        "mean": lambda x, mask: (x * mask).sum() / mask.numel()
+        "mean": lambda x, mask: (x * mask).mean()
     },
     "each response weighs the same; in PPO each token does": {"mean": _by_response},
     "the loss has no gradient (detached, or made under no_grad?)": {
@@ -92,7 +78,7 @@ POLICY_LOSS = {
     },
     "the ratio is turned around: rho = pi_theta / pi_old": {"turn": -1},
     **OF_BOTH,
-    "approx_kl is turned around; pi_old sampled": {"kl": -1},
+    "approx_kl is turned around; pi_old sampled": {"kl": lambda x: k3(-x)},
 }
 VALUE_LOSS = {
     "nothing is clipped (around the return nothing ever is; clip around the old "
@@ -107,7 +93,7 @@ VALUE_LOSS = {
 }
 
 
-@check(_policy_loss, POLICY_LOSS, leaves=1)
+@check(_policy_loss, POLICY_LOSS, "loss", "gradient", "stats", leaves=1)
 def check_policy_loss(case):
     """`policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)`.
 
@@ -121,7 +107,7 @@ def check_policy_loss(case):
     return old + step, old, advantages, case.mask, clip
 
 
-@check(_value_loss, VALUE_LOSS, leaves=1)
+@check(_value_loss, VALUE_LOSS, "loss", "gradient", "stats", leaves=1)
 def check_value_loss(case):
     """`value_loss(values, old_values, returns, mask, clip_range)`.
 
