@@ -6,7 +6,7 @@ from statistics import mean, pstdev, stdev, variance
 import torch
 
 from practice.checks.comparison import check
-from practice.checks.rewards import k3
+from practice.checks.ppo import k3
 
 
 def _of_others(own, others):
@@ -33,33 +33,29 @@ def _advantages(
 _rloo = functools.partial(_advantages, base=_of_others)
 _grpo = functools.partial(_advantages, base=_of_all, spread=stdev)
 OF_GROUPS = {
-    "the groups go across the prompts, as if these came round and round": {
-        "rows": lambda places, k: places.view(k, -1).t()
-    },
-    "all responses are one group, whatever their prompt": {
-        "rows": lambda places, k: places.view(1, -1)
-    },
+    "the groups go across the prompts, as if these came round and round":
+        {"rows": lambda places, k: places.view(k, -1).t()},
+    "all responses are one group, whatever their prompt":
+        {"rows": lambda places, k: places.view(1, -1)},
     "the sign is turned: worse responses become likelier": {"sign": -1},
-}
+}  # fmt: skip
 RLOO = {
     "the baseline is the mean of all k, its own score among them": {"base": _of_all},
     "there is no baseline": {"base": lambda own, others: 0},
     "it is divided by the spread of the group, as in GRPO": {"spread": stdev},
-    "the sum of the others is divided by k, not by k - 1": {
-        "base": lambda own, others: sum(others) / (len(others) + 1)
-    },
+    "the sum of the others is divided by k, not by k - 1":
+        {"base": lambda own, others: sum(others) / (len(others) + 1)},
     **OF_GROUPS,
-}
+}  # fmt: skip
 GRPO = {
     "it is not divided by the spread of the group": {"spread": None},
-    "the spread is that of the whole batch, not of the group": (
-        lambda scores, k: _grpo(scores, k, spread=lambda group: scores.std())
-    ),
+    "the spread is that of the whole batch, not of the group":
+        lambda scores, k: _grpo(scores, k, spread=lambda group: scores.std()),
     "the variance is divided by k, not by k - 1": {"spread": pstdev},
     "the divisor is the variance, not its root": {"spread": variance},
     "the baseline is the mean of the others, as in RLOO": {"base": _of_others},
     **OF_GROUPS,
-}
+}  # fmt: skip
 
 
 def _groups(case):

@@ -48,13 +48,11 @@ WEIGHT = {
     **SCALES,
     "it is merged twice": {"factor": 2},
     "W is left out: this is the update alone": {"base": 0},
-    "the update is not transposed for Conv1D, whose weight is (in, out)": {
-        "other": "Conv1D"
-    },
-    "the update is transposed for nn.Linear, whose weight is (out, in)": {
-        "other": "Linear"
-    },
-}
+    "the update is not transposed for Conv1D, whose weight is (in, out)":
+        {"other": "Conv1D"},
+    "the update is transposed for nn.Linear, whose weight is (out, in)":
+        {"other": "Linear"},
+}  # fmt: skip
 
 
 def _layers(case):
@@ -105,14 +103,13 @@ READING = {
     "the policy is read with its adapter off": {"logprobs": None},
     "the value head sees the base: the policy's adapter is off": {"values": None},
     "the value head sees the states under the reward adapter": {"values": "reward"},
-    "the reference is read with the policy's adapter on: the KL is 0 for ever": {
-        "ref_logprobs": "policy"
-    },
+    "the reference is read with the policy's adapter on: the KL is 0 for ever":
+        {"ref_logprobs": "policy"},
     "the reference is read under the reward adapter": {"ref_logprobs": "reward"},
     "the score is read under the policy's adapter": {"scores": "policy"},
     "the score is read with all adapters off": {"scores": None},
     "the score is read at the first state, not at the last": {"place": 0},
-}
+}  # fmt: skip
 
 
 @check(_read, READING, "")

@@ -24,14 +24,13 @@ LOGPROBS = {
     "the label is the next slot's": {"roll": -1},
     "the label is the previous slot's": {"roll": 1},
     "the logarithm is left out": {"of": torch.exp},
-    "the logits are not normalised (log-softmax)": (
-        lambda z, labels, tau=1.0: _picked(z / tau, labels)
-    ),
+    "the logits are not normalised (log-softmax)":
+        lambda z, labels, tau=1.0: _picked(z / tau, labels),
     "the sign is turned": {"of": torch.neg},
     "the temperature is left out": {"tau": 1.0},
     "the logits are multiplied by tau": {"hot": -1},
     "the log-probabilities, not the logits, are divided": {"hot": 0, "power": 1},
-}
+}  # fmt: skip
 
 
 @check(_logprobs, LOGPROBS, "result")
@@ -55,12 +54,11 @@ def _labels(ids, mask, roll=0):
 
 
 LABELS = {
-    "padding is found by id == eos: the label of the closing EOS is lost": (
-        lambda ids, mask: ids.where(ids != EOS, -100)
-    ),
+    "padding is found by id == eos: the label of the closing EOS is lost":
+        lambda ids, mask: ids.where(ids != EOS, -100),
     "padding keeps its labels; set them to -100": lambda ids, mask: ids,
     "the labels are shifted; the model shifts them itself": {"roll": 1},
-}
+}  # fmt: skip
 
 
 @check(_labels, LABELS, "labels")
@@ -93,16 +91,14 @@ def _each_alone(policy, ids, attention_mask, mask, tau, late=(0, 0), padding=0, 
 
 
 RESPONSES = {
-    "the log-probabilities are shifted by one: logits predict the next token": {
-        "late": (1, 0)
-    },
-    "the values are read one slot late, when the token has been chosen": {
-        "late": (0, 1)
-    },
+    "the log-probabilities are shifted by one: logits predict the next token":
+        {"late": (1, 0)},
+    "the values are read one slot late, when the token has been chosen":
+        {"late": (0, 1)},
     "the mask is built from id == eos: the closing EOS is lost": {"eos": 0},
     "the positions count the padding on the left": {"padding": 1},
     "the temperature is left out": {"tau": 1.0},
-}
+}  # fmt: skip
 
 
 @check(_each_alone, RESPONSES, "logprobs", "values")
@@ -156,15 +152,13 @@ def _of_head(head):
 
 HEAD = {
     "the weights are zeros, as in the value head": {"draw": torch.zeros},
-    "nn.Linear's own initial weights are kept": {
-        "draw": lambda d: (2 * torch.rand(d) - 1) / math.sqrt(d)
-    },
-    "the spread is 1 / (d + 1), without the root": {
-        "draw": lambda d: torch.randn(d) / (d + 1)
-    },
+    "nn.Linear's own initial weights are kept":
+        {"draw": lambda d: (2 * torch.rand(d) - 1) / math.sqrt(d)},
+    "the spread is 1 / (d + 1), without the root":
+        {"draw": lambda d: torch.randn(d) / (d + 1)},
     "the spread is GPT-2's 0.02": {"draw": lambda d: 0.02 * torch.randn(d)},
     "the output goes through a sigmoid": {"after": torch.sigmoid},
-}
+}  # fmt: skip
 
 
 @check(_head, HEAD, "", read=_of_head)
