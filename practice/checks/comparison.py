@@ -69,7 +69,6 @@ def check(right, mistakes: dict, *names: str, leaves=0, read=lambda found: found
     ]
 
     def decorate(trial):
-        @functools.wraps(trial)
         def checked(function, seed: int = 0) -> Result:
             calls = trial(Case(seed))
             calls = calls if isinstance(calls, dict) else {"": calls}
@@ -86,7 +85,7 @@ def check(right, mistakes: dict, *names: str, leaves=0, read=lambda found: found
                 expected = _as_tensors(measure(right))
                 return compare(name, lambda: measure(function), expected, named())
 
-        del checked.__wrapped__  # its own arguments are what `help` is to show
+        checked.__name__, checked.__doc__ = trial.__name__, trial.__doc__
         checked.mistakes = known
         return checked
 

@@ -1,7 +1,7 @@
 """Checks of the advantages of whole responses, and of GRPO's loss."""
 
 import functools
-from statistics import mean, pstdev, stdev, variance
+from statistics import pstdev, stdev, variance
 
 import torch
 
@@ -9,29 +9,26 @@ from practice.checks.comparison import check
 from practice.checks.ppo import k3
 
 
-def _of_others(own, others):
-    return mean(others)
-
-
-def _of_all(own, others):
-    return mean([own, *others])
-
-
 def _advantages(
-    scores, k, base, spread=None, sign=1, rows=lambda places, k: places.view(-1, k)
-):
-    """Each score less `base(own, others)`, by the group's spread, one at a time."""
+    scores, k, without=0, lost=0, base=1, spread=None, sign=1,
+    rows=lambda places, k: places.view(-1, k),
+):  # fmt: skip
+    """Each score less a mean of its group, by the group's spread, one at a time.
+
+    `without`: its own score is not in the sum, which is divided by k - `lost`.
+    """
     found = torch.zeros_like(scores)
     for row in rows(torch.arange(len(scores)), k):
         group = scores[row].tolist()
         by = spread(group) + 1e-4 if spread else 1
-        for i, own in enumerate(group):
-            found[row[i]] = sign * (own - base(own, group[:i] + group[i + 1 :])) / by
+        for i, own in zip(row, group, strict=True):
+            mean = (sum(group) - without * own) / (len(group) - lost)
+            found[i] = sign * (own - base * mean) / by
     return found
 
 
-_rloo = functools.partial(_advantages, base=_of_others)
-_grpo = functools.partial(_advantages, base=_of_all, spread=stdev)
+_rloo = functools.partial(_advantages, without=1, lost=1)
+_grpo = functools.partial(_advantages, spread=stdev)
 OF_GROUPS = {
     "the groups go across the prompts, as if these came round and round":
         {"rows": lambda places, k: places.view(k, -1).t()},
@@ -40,11 +37,11 @@ OF_GROUPS = {
     "the sign is turned: worse responses become likelier": {"sign": -1},
 }  # fmt: skip
 RLOO = {
-    "the baseline is the mean of all k, its own score among them": {"base": _of_all},
-    "there is no baseline": {"base": lambda own, others: 0},
+    "the baseline is the mean of all k, its own score among them":
+        {"without": 0, "lost": 0},
+    "there is no baseline": {"base": 0},
     "it is divided by the spread of the group, as in GRPO": {"spread": stdev},
-    "the sum of the others is divided by k, not by k - 1":
-        {"base": lambda own, others: sum(others) / (len(others) + 1)},
+    "the sum of the others is divided by k, not by k - 1": {"lost": 0},
     **OF_GROUPS,
 }  # fmt: skip
 GRPO = {
@@ -53,7 +50,7 @@ GRPO = {
         lambda scores, k: _grpo(scores, k, spread=lambda group: scores.std()),
     "the variance is divided by k, not by k - 1": {"spread": pstdev},
     "the divisor is the variance, not its root": {"spread": variance},
-    "the baseline is the mean of the others, as in RLOO": {"base": _of_others},
+    "the baseline is the mean of the others, as in RLOO": {"without": 1, "lost": 1},
     **OF_GROUPS,
 }  # fmt: skip
 
@@ -105,10 +102,7 @@ LOSS = {
 
 @check(_loss, LOSS, "loss", "gradient", leaves=1)
 def check_grpo_loss(case):
-    """`grpo_loss(logprobs, old, ref, advantages, mask, clip_range, kl_coef, mean)`.
-
-    Loss and gradient with respect to `logprobs`, for both means.
-    """
+    """`grpo_loss(logprobs, old, ref, advantages, mask, clip_range, kl_coef, mean)`."""
     numbers = case.uniform(0.1, 0.3), case.uniform(0.2, 0.6)
     old, ref = -1 - case.normal().abs(), -1 - case.normal().abs()
     new, advantages = old + 0.3 * case.normal(), case.normal(len(case.mask))

@@ -10,25 +10,21 @@ SIZE, RANK = 5, 3  # as many inputs as outputs: what is turned around still fits
 EVERY_INPUT = torch.eye(SIZE, dtype=torch.float64)
 
 
-def _scaled(A, B, alpha, power=1, factor=1, turned=False):
-    """The update (out, in) of an adapter, with r to a power; or A B for B A."""
-    return factor * alpha / RANK**power * ((A.t() @ B.t()) if turned else B @ A)
+def _merged(layer, A, B, alpha, base=1, power=1, factor=1, turned=False, other=()):
+    """W + (alpha / r) B A, as the layer stores it; the rest is what a mistake changes.
+
+    `turned`: A B stands for B A. `other`: the kind that is stored the other way.
+    """
+    update = factor * alpha / RANK**power * ((A.t() @ B.t()) if turned else B @ A)
+    is_turned = isinstance(layer, Conv1D) != isinstance(layer, other)
+    return base * layer.weight + (update.t() if is_turned else update)
 
 
-def _adapted(layer, A, B, alpha, base=1, as_linear=False, **changes):
-    """A layer of W x + (alpha / r) B A x; the rest says what a mistake changes."""
-    W = layer.weight
-    if isinstance(layer, Conv1D) and not as_linear:
-        W = W.t()
-    update = _scaled(A, B, alpha, **changes)
-    return lambda x: base * (x @ W.t() + layer.bias) + x @ update.t()
-
-
-def _merged(layer, A, B, alpha, base=1, other="", **changes):
-    """The weight as the layer stores it; `other`: the kind stored the other way."""
-    update = _scaled(A, B, alpha, **changes)
-    turned = isinstance(layer, Conv1D) != (type(layer).__name__ == other)
-    return base * layer.weight + (update.t() if turned else update)
+def _adapted(layer, A, B, alpha, base=1, turned_kind=Conv1D, **changes):
+    """A layer of W x + (alpha / r) B A x."""
+    weight = _merged(layer, A, B, alpha, base, **changes)
+    weight = weight if isinstance(layer, turned_kind) else weight.t()
+    return lambda x: x @ weight + base * layer.bias
 
 
 SCALES = {
@@ -42,16 +38,17 @@ LAYER = {
     "W x is left out": {"base": 0},
     "the update is turned around": {"turned": True},
     "the adapter is off": {"factor": 0},
-    "the weight of Conv1D is taken for that of nn.Linear": {"as_linear": True},
-}
+    "the weight of Conv1D is taken for that of nn.Linear":
+        {"other": Conv1D, "turned_kind": ()},
+}  # fmt: skip
 WEIGHT = {
     **SCALES,
     "it is merged twice": {"factor": 2},
     "W is left out: this is the update alone": {"base": 0},
     "the update is not transposed for Conv1D, whose weight is (in, out)":
-        {"other": "Conv1D"},
+        {"other": Conv1D},
     "the update is transposed for nn.Linear, whose weight is (out, in)":
-        {"other": "Linear"},
+        {"other": nn.Linear},
 }  # fmt: skip
 
 

@@ -118,11 +118,6 @@ def _gae(
     return out(advantages, mask), summed(advantages, mask) + added(values) * mask
 
 
-def _from_the_front(rewards, values, mask, *rest):
-    flipped = (x.flip(1) for x in (rewards, values, mask))
-    return tuple(x.flip(1) for x in _gae(*flipped, *rest))
-
-
 ADVANTAGES = {
     "the advantages are whitened first, before the returns are formed":
         [{"out": _whiten, "summed": _whiten}, {"summed": _whiten}],
@@ -135,7 +130,9 @@ ADVANTAGES = {
     "lambda is left out": {"lam": 1.0},
     "gamma is left out": {"gamma": 1.0},
     "only the TD error of the token itself counts": {"lam": 0.0},
-    "the sum runs from first token to last": _from_the_front,
+    "the sum runs from first token to last": lambda r, v, m, *rest: tuple(
+        x.flip(1) for x in _gae(r.flip(1), v.flip(1), m.flip(1), *rest)
+    ),
     "the returns lack the values: G = A + V": {"added": torch.zeros_like},
 }  # fmt: skip
 
@@ -149,10 +146,6 @@ def check_gae(case):
 
 def _mean(x, mask):
     return x[mask.bool()].mean()
-
-
-def _by_response(x, mask):
-    return ((x * mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
 def _near(ratio, clip):
@@ -176,25 +169,23 @@ def _policy_loss(
 
 
 def _value_loss(
-    values, old, returns, mask, clip, pick=torch.maximum, at=None, half=0.5, mean=_mean
-):
-    """The loss of the value head; `at` is what a mistake clips the values around."""
-
-    def errors(centre):
-        near = torch.clamp(values, centre - clip, centre + clip)
-        return (values - returns) ** 2, (near - returns) ** 2
-
-    plain, clipped = errors(old)
-    bound = _mean((clipped > plain).double(), mask)
-    loss = half * mean(pick(*errors(at(old, returns) if at else old)), mask)
-    return loss, {"value_clip_fraction": bound}
+    values, old, returns, mask, clip, at=lambda old, returns: old, pick=torch.maximum,
+    half=0.5, mean=_mean,
+):  # fmt: skip
+    """The loss of the value head; a mistake clips around `at`. The share is right."""
+    centres = old, at(old, returns)
+    near, wrong = (torch.clamp(values, x - clip, x + clip) for x in centres)
+    plain, clipped, wrong = ((x - returns) ** 2 for x in (values, near, wrong))
+    share = _mean((clipped > plain).double(), mask)
+    return half * mean(pick(plain, wrong), mask), {"value_clip_fraction": share}
 
 
 OF_BOTH = {
     "there is no mask: padding counts like a token": {"mean": lambda x, mask: x.mean()},
     "the sum is divided by the number of all slots, not of the real tokens":
         {"mean": lambda x, mask: (x * mask).mean()},
-    "each response weighs the same; in PPO each token does": {"mean": _by_response},
+    "each response weighs the same; in PPO each token does":
+        {"mean": lambda x, mask: ((x * mask).sum(dim=1) / mask.sum(dim=1)).mean()},
     "the loss has no gradient (detached, or made under no_grad?)":
         {"mean": lambda x, mask: _mean(x, mask).detach()},
 }  # fmt: skip
@@ -224,10 +215,7 @@ VALUE_LOSS = {
 
 @check(_policy_loss, POLICY_LOSS, "loss", "gradient", "stats", leaves=1)
 def check_policy_loss(case):
-    """`policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)`.
-
-    Loss, gradient with respect to `logprobs`, and the statistics.
-    """
+    """`policy_loss(logprobs, old, advantages, mask, clip_range)` -> loss, stats."""
     clip = case.uniform(0.1, 0.3)
     old, step, advantages = -1 - case.normal().abs(), 0.3 * case.normal(), case.normal()
     # In the longest response: far up and far down, of praised and blamed tokens
@@ -238,10 +226,7 @@ def check_policy_loss(case):
 
 @check(_value_loss, VALUE_LOSS, "loss", "gradient", "stats", leaves=1)
 def check_value_loss(case):
-    """`value_loss(values, old_values, returns, mask, clip_range)`.
-
-    Loss, gradient with respect to `values`, and the share of clipped tokens.
-    """
+    """`value_loss(values, old_values, returns, mask, clip_range)` -> loss, stats."""
     clip = case.uniform(0.1, 0.3)
     old, step, returns = case.normal(), 0.3 * case.normal(), case.normal()
     # In the longest response: moved far, towards the return and past it
