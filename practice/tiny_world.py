@@ -125,16 +125,11 @@ class Verdict(NamedTuple):
     positive: bool
 
 
-def chances(text: str, begins=False) -> list[float]:
-    """The probabilities of a positive and of a negative review that is the text."""
-    words = text.split(" ")
-    return [REVIEWS.probability([f"Review{x}"], words, begins) / 2 for x in "+-"]
-
-
 @functools.cache
-def judge(text: str) -> Verdict:
-    """Probability and sentiment of a text under the grammar of the reviews."""
-    good, bad = chances(text)
+def judge(text: str, begins=False) -> Verdict:
+    """What the grammar of the reviews says of a text, or of all that begin with it."""
+    symbols, words = (["Review+"], ["Review-"]), text.split(" ")
+    good, bad = (REVIEWS.probability(x, words, begins) / 2 for x in symbols)
     return Verdict(good + bad, good + bad > 0, good > bad)
 
 
@@ -232,22 +227,17 @@ def pretrain(tokenizer, show_progress=True, seed: int = SEED) -> GPT2LMHeadModel
     return model.eval()
 
 
-def definition() -> str:
-    """A fingerprint of this file, from which the world is built."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
 def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     """Write `dataset` and `model` under the folder, unless they are there already.
 
     An interrupted build leaves nothing that looks finished. Of two processes at once,
     say a notebook and a command, the second waits for the first.
     """
-    folder = Path(folder)
+    folder, made_from = Path(folder), hashlib.sha256(Path(__file__).read_bytes())
 
     def is_built():
         file = folder / "definition.txt"
-        return file.exists() and file.read_text() == definition()
+        return file.exists() and file.read_text() == made_from.hexdigest()
 
     if is_built():
         return folder
@@ -266,7 +256,7 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
         tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
         tokenizer.save_pretrained(unfinished / "model")
         pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
-        (unfinished / "definition.txt").write_text(definition())
+        (unfinished / "definition.txt").write_text(made_from.hexdigest())
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return folder
@@ -294,11 +284,13 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     if not world_of(settings.dataset_name) or not world_of(settings.model_name):
         return {}
     texts = [tokenizer.decode(row[:-1]) for row in rows]
-    if not all(judge(text).grammatical for text in texts):
+    exact = [judge(text) for text in texts]
+    if not all(verdict.grammatical for verdict in exact):
         return {}
-    begin = [sum(chances(text.split()[0], begins=True)) for text in texts]
+    begun = [judge(text.split()[0], begins=True) for text in texts]
     nats = [
-        math.log(p / judge(t).probability) for p, t in zip(begin, texts, strict=True)
+        math.log(x.probability / y.probability)
+        for x, y in zip(begun, exact, strict=True)
     ]
     return {"the grammar": sum(nats) / sum(len(row) - 1 for row in rows)}
 

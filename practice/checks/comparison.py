@@ -73,17 +73,15 @@ def check(right, mistakes: dict, *names: str, leaves=0, read=lambda found: found
             calls = trial(Case(seed))
             calls = calls if isinstance(calls, dict) else {"": calls}
             measure = functools.partial(_quantities, calls, names, leaves, read)
-
-            def named():
-                for sentence, wrong in known:
-                    found = _as_tensors(measure(wrong))
-                    yield sentence, {key: found[key] for key in _apart(found, expected)}
-
             name = getattr(function, "__name__", "your function")
             with torch.random.fork_rng():  # for layers with random weights
                 torch.manual_seed(seed)
                 expected = _as_tensors(measure(right))
-                return compare(name, lambda: measure(function), expected, named())
+                found = ((text, _as_tensors(measure(wrong))) for text, wrong in known)
+                named = (
+                    (text, {k: x[k] for k in _apart(x, expected)}) for text, x in found
+                )
+                return compare(name, lambda: measure(function), expected, named)
 
         checked.__name__, checked.__doc__ = trial.__name__, trial.__doc__
         checked.mistakes = known
