@@ -288,11 +288,9 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     if not all(verdict.grammatical for verdict in exact):
         return {}
     begun = [judge(text.split()[0], begins=True) for text in texts]
-    nats = [
-        math.log(x.probability / y.probability)
-        for x, y in zip(begun, exact, strict=True)
-    ]
-    return {"the grammar": sum(nats) / sum(len(row) - 1 for row in rows)}
+    chances = zip(begun, exact, strict=True)
+    nats = sum(math.log(x.probability / y.probability) for x, y in chances)
+    return {"the grammar": nats / sum(len(row) - 1 for row in rows)}
 
 
 def exact_judges(settings) -> dict:

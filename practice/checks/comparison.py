@@ -142,7 +142,8 @@ def compare(name: str, call, expected: dict, mistakes=()) -> Result:
             shapes = f"{tuple(got[key].shape)}, expected {tuple(value.shape)}"
             return result(f"its {key} has the shape {shapes}")
     wrong = _apart(got, expected)
-    difference = max(_gaps(got[key], expected[key]).max() for key in wrong or expected)
+    gaps = [_gaps(got[key], expected[key]).max().item() for key in wrong or expected]
+    difference = max(gaps)
     if not wrong:
         return result()
     for sentence, changed in mistakes:

@@ -9,31 +9,35 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from practice.checks.comparison import check
 
 
-def _picked(logits, labels):
-    return logits.gather(-1, labels[..., None])[..., 0]
-
-
-def _logprobs(logits, labels, tau=1.0, hot=1, roll=0, power=0, of=torch.clone):
-    """z_label - max z - log sum exp(z - max z), in float64."""
+def logprobs_of(
+    logits,
+    labels,
+    tau=1.0,
+    hot=1,
+    roll=0,
+    total=torch.logsumexp,
+    of=torch.clone,
+    power=0,
+):
+    """z_label - log sum exp z, in float64; the rest is what a mistake changes."""
     z, labels = logits.double() / tau**hot, labels.roll(roll, 1)
-    z = z - z.amax(dim=-1, keepdim=True)
-    return of(_picked(z, labels) - z.exp().sum(dim=-1).log()) / tau**power
+    chosen = z.gather(-1, labels[..., None])[..., 0]
+    return of(chosen - total(z, dim=-1)) / tau**power
 
 
 LOGPROBS = {
     "the label is the next slot's": {"roll": -1},
     "the label is the previous slot's": {"roll": 1},
     "the logarithm is left out": {"of": torch.exp},
-    "the logits are not normalised (log-softmax)":
-        lambda z, labels, tau=1.0: _picked(z / tau, labels),
+    "the logits are not normalised (log-softmax)": {"total": lambda z, dim: 0},
     "the sign is turned": {"of": torch.neg},
     "the temperature is left out": {"tau": 1.0},
     "the logits are multiplied by tau": {"hot": -1},
     "the log-probabilities, not the logits, are divided": {"hot": 0, "power": 1},
-}  # fmt: skip
+}
 
 
-@check(_logprobs, LOGPROBS, "result")
+@check(logprobs_of, LOGPROBS, "result")
 def check_token_logprobs(case):
     """`token_logprobs(logits, labels, temperature)`: (B, T, V), (B, T) -> (B, T)."""
     logits, labels = 2 * case.normal(3, 5, 7), case.integers(0, 7, (3, 5))
@@ -84,7 +88,7 @@ def _each_alone(policy, ids, attention_mask, mask, tau, late=(0, 0), padding=0, 
         out = policy.lm(text, position_ids=places, output_hidden_states=True)
         # The place before a token predicts it
         first, second = (slice(start - 1 + k, start - 1 + k + n) for k in late)
-        found = _logprobs(out.logits[:, first], text[:, start:], tau)[0]
+        found = logprobs_of(out.logits[:, first], text[:, start:], tau)[0]
         logprobs[b, :n] = found.where((text[0, start:] != 0) | bool(eos), 0)
         values[b, :n] = policy.value_head(out.hidden_states[-1][0, second])
     return logprobs, values

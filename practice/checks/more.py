@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (in, out)
 
 from practice.checks.comparison import check
+from practice.checks.models import logprobs_of
 from practice.checks.ppo import k3
 
 
@@ -268,16 +269,10 @@ def _read(
     values="policy", ref_logprobs=None, scores="reward", place=-1,
 ):  # fmt: skip
     """What is read under which adapter; None: all are off."""
-
-    def of_labels(name):
-        z = states(name) @ vocabulary.t()
-        chosen = z.gather(-1, labels[..., None])[..., 0]
-        return chosen - z.exp().sum(dim=-1).log()
-
     return {
-        "logprobs": of_labels(logprobs),
+        "logprobs": logprobs_of(states(logprobs) @ vocabulary.t(), labels),
         "values": value_head(states(values)),
-        "ref_logprobs": of_labels(ref_logprobs),
+        "ref_logprobs": logprobs_of(states(ref_logprobs) @ vocabulary.t(), labels),
         "scores": reward_head(states(scores)[:, place]),
     }
 
