@@ -125,11 +125,10 @@ class ExactWorld:
         to_come = rewards.flip(1).cumsum(dim=1).flip(1)
         probs, values = logprobs.sum(dim=1).exp(), torch.zeros_like(to_come)
         for t in range(LENGTH):
-            begin = self.responses[:, :t]
-            alike = (begin[:, None] == begin).all(dim=2) & self.mask[:, t].bool()
-            weights = alike * probs
+            begin, here = self.responses[:, :t], self.mask[:, t].bool()
+            weights = ((begin[:, None] == begin).all(dim=2) & here) * probs
             mean = (weights @ to_come[:, t]) / weights.sum(dim=1)
-            values[:, t] = torch.where(self.mask[:, t].bool(), mean, 0.0)
+            values[:, t] = torch.where(here, mean, 0.0)
         return values
 
     def reached(self, lm, kl_coef: float) -> float:

@@ -105,10 +105,11 @@ def _quantities(calls, names, leaves, read, function) -> dict:
         found = read(function(*given))
         found = found if isinstance(found, tuple) else (found,)
         if leaves:
-            loss, slopes = found[0], [torch.zeros_like(x) for x in inputs]
-            if loss.requires_grad:
-                slopes = torch.autograd.grad(loss, inputs, materialize_grads=True)
-            found = (loss, torch.stack(slopes).squeeze(0), *found[1:])
+            loss = found[0] + 0 * sum(
+                x.sum() for x in inputs
+            )  # has a gradient, if only 0
+            slopes = torch.stack(torch.autograd.grad(loss, inputs))
+            found = (loss, slopes.squeeze(0), *found[1:])
         for name, x in zip(names, found, strict=False):
             own = x if isinstance(x, dict) else {name: x}
             quantities |= {f"{key}{added}": value for key, value in own.items()}

@@ -5,6 +5,7 @@ from statistics import pstdev, stdev, variance
 
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (in, out)
 
 from practice.checks.comparison import check
@@ -115,12 +116,8 @@ def check_grpo_loss(case):
     return {f" by {mean}": (*given, mean) for mean in ("response", "token")}
 
 
-def _log_sigmoid(x):
-    return -torch.log1p(torch.exp(-x))
-
-
 def _bradley_terry(
-    chosen, rejected, turn=1, each=_log_sigmoid, over=torch.mean, wins=torch.gt
+    chosen, rejected, turn=1, each=logsigmoid, over=torch.mean, wins=torch.gt
 ):
     loss = -over(each(turn * (chosen - rejected)))
     accuracy = wins(chosen, rejected).double().mean()
@@ -163,7 +160,7 @@ def _dpo(
     if kind == "ipo":
         return over((beta**ipo * D - 1 / (target * beta)) ** 2), stats
     D = beta**inside * D
-    each = (1 - smoothing) * _log_sigmoid(D) + smoothing * _log_sigmoid(-D)
+    each = (1 - smoothing) * logsigmoid(D) + smoothing * logsigmoid(-D)
     return -(beta**outside) * over(each), stats
 
 

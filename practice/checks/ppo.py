@@ -25,10 +25,9 @@ def _rewards(
 
 REWARDS = {
     "the sign of the KL is turned": {"kl": torch.neg},
-    "the score stands on the slot after EOS": [
-        {"place": lambda n, width: slice(n, n + 1)},  # lost, if there is none
-        {"place": lambda n, width: min(n, width - 1)},
-    ],
+    "the score stands on the slot after EOS":  # where there is none, it is lost
+        [{"place": lambda n, width: slice(n, n + 1)},
+         {"place": lambda n, width: min(n, width - 1)}],
     "the score stands on the last slot, padding or not": {"place": lambda *_: -1},
     "the score stands on the first token": {"place": lambda *_: 0},
     "every token gets the score": {"place": lambda n, width: slice(n)},
@@ -37,7 +36,7 @@ REWARDS = {
     "the KL penalty is left out": {"beta": 0},
     "padding pays for its KL, too": {"paying": ALL},
     "k3 stands for k1; only k1 adds up to the response's log-ratio": {"kl": k3},
-}
+}  # fmt: skip
 
 
 @check(_rewards, REWARDS, "rewards")
