@@ -38,18 +38,15 @@ def grade_id(cell, known) -> str | None:
 
 def recognise(notebook, exercises: dict) -> str:
     """The exercise most of whose cells are there; ValueError if it is none."""
-
-    def share(name):
-        known = graded(exercises[name])
-        return len({grade_id(x, known) for x in notebook.cells} - {None}) / len(known)
-
-    best = max(exercises, key=share)
-    if share(best) < 0.5:
-        raise ValueError(
-            f"it is none of {', '.join(exercises)}: fewer than half of the cells of "
-            "any exercise are in it"
-        )
-    return best
+    shares = {}
+    for name, release in exercises.items():
+        known = graded(release)
+        there = {grade_id(cell, known) for cell in notebook.cells} - {None}
+        shares[name] = len(there) / len(known)
+    if max(shares.values()) < 0.5:
+        said = "fewer than half of the cells of any exercise are in it"
+        raise ValueError(f"it is none of {', '.join(exercises)}: {said}")
+    return max(shares, key=shares.get)
 
 
 def restore(notebook, release):
@@ -78,12 +75,10 @@ def restore(notebook, release):
         elif "attachments" in cell:
             fresh.attachments = cell.attachments
         cells.append(fresh)
-    ids, order = [cell.id for cell in cells], list(known)
+    ids = [None, *(cell.id for cell in known.values())]
     for name in missing:  # behind the one that it follows in the release
-        before = order[: order.index(name)]
-        place = ids.index(known[before[-1]].id) + 1 if before else 0
-        cells.insert(place, known[name])
-        ids.insert(place, known[name].id)
+        before = ids[ids.index(known[name].id) - 1]
+        cells.insert([None, *(cell.id for cell in cells)].index(before), known[name])
     restored = nbformat.v4.new_notebook(cells=cells, metadata=release.metadata)
     nbformat.validate(restored)
     return restored, missing

@@ -88,8 +88,8 @@ RUNS = (prepare, penalised_rewards, make_reference, surrogate, place_scores)
 RUNS += (advantages_and_returns,)
 
 
-def _put_in(loop, name, piece):
-    """Replace a function of the loop by one that calls the piece."""
+def _in_its_place(name, piece) -> dict:
+    """The function of the loop that calls the piece, by the name that it replaces."""
 
     def rewards(scores, logprobs, ref_logprobs, mask, beta):
         log_ratio, lengths = (logprobs - ref_logprobs) * mask, mask.sum(dim=1)
@@ -104,13 +104,11 @@ def _put_in(loop, name, piece):
         return piece(delta, values, mask.sum(dim=1), gamma * lam)
 
     def loss(logprobs, old_logprobs, advantages, mask, eps):
-        batch = (logprobs, old_logprobs, advantages)
-        logprobs, old_logprobs, advantages = (x * mask for x in batch)
-        losses = piece(logprobs - old_logprobs, advantages, eps)
+        losses = piece((logprobs - old_logprobs) * mask, advantages * mask, eps)
         stats = policy_loss(logprobs, old_logprobs, advantages, mask, eps)[1]
         return masked_mean(losses, mask), stats
 
-    loop |= {
+    return {
         "penalised_rewards": {"token_rewards": rewards},
         "place_scores": {"token_rewards": rewards},
         "advantages_and_returns": {"compute_gae": gae},
@@ -131,9 +129,9 @@ def train(name="", piece=None, title="") -> list[dict]:
     at the progress bar.
     """
     s, loop = SETTINGS, import_cells("3-RLHF.ipynb", *LOOP)
-    _put_in(loop, name, piece)
-    bar = {"desc": title or name or "healthy"}
-    loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, **bar)
+    loop |= _in_its_place(name, piece)
+    title = title or name or "healthy"
+    loop["tqdm"] = lambda steps, *_, **__: tqdm(steps, desc=title)
     world = exact_world.ExactWorld(seed=7)
     lm, reference = copy.deepcopy(world.reference).requires_grad_(True), world.reference
     run = loop["fresh_run"](lm, s)
@@ -142,22 +140,20 @@ def train(name="", piece=None, title="") -> list[dict]:
         policy = PolicyWithValueHead(lm).eval()
         head = {"params": policy.value_head.parameters(), "lr": s.value_head_lr}
         adam.add_param_group(head)
-        optimizer = GuardedOptimizer(policy, adam, s)
         decay = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
-        run = dataclasses.replace(run, policy=policy, optimizer=optimizer, decay=decay)
+        own = {"optimizer": GuardedOptimizer(policy, adam, s), "decay": decay}
+        run = dataclasses.replace(run, policy=policy, **own)
     if name == "make_reference":
         reference = piece(run.policy.lm)
-    prompts = [exact_world.PROMPT] * s.ppo_rollout_size
-    how = (loop["ppo_advantages"], loop["ppo_update"])
-    models = (reference, world.score)
-    loop["train"](run, *models, lambda step: prompts, exact_world.EOS, s, *how)
+    prompts, how = [exact_world.PROMPT] * s.ppo_rollout_size, loop["ppo_advantages"]
+    given = (reference, world.score, lambda step: prompts, exact_world.EOS, s, how)
+    loop["train"](run, *given, loop["ppo_update"])
     return [{key: row[key] for key in CURVES} for row in run.history]
 
 
 def plot(healthy, run, label):
     """The curves of a run beside those of a healthy one."""
-    size = {"figsize": (10, 5), "layout": "constrained"}
-    figure, axes = plt.subplots(2, 3, **size)
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
     for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=True):
         axis.plot([row[key] for row in healthy], color="#8a8a8a", label="healthy")
         axis.plot([row[key] for row in run], color="#c8553d", label=label)

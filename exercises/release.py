@@ -21,9 +21,8 @@ def release(course: Path = COURSE):
     Raises RuntimeError, with nbgrader's words, if it refuses one.
     """
     # nbgrader calls a command that is installed beside Python
-    os.environ["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ["PATH"]])
     config = PyFileConfigLoader("nbgrader_config.py", path=str(course)).load_config()
     for source in sorted((course / "source").glob("*/*.ipynb")):
         api = NbGraderAPI(config=config)

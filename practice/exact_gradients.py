@@ -57,17 +57,6 @@ def token_gradients(world: ExactWorld, lm) -> Tensor:
     return found
 
 
-def all_groups(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Every group of k out of n responses, order aside: (groups, k), and how many.
-
-    How many orders each of them comes in: k! / (product of the counts' factorials).
-    """
-    groups = list(itertools.combinations_with_replacement(range(n), k))
-    counts = [map(math.factorial, Counter(group).values()) for group in groups]
-    orders = [math.factorial(k) / math.prod(factorials) for factorials in counts]
-    return torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
-
-
 def moments(world: ExactWorld, lm, weights: Callable, k: int) -> Moments:
     """Mean and variance of an estimator that samples groups of k from the model.
 
@@ -78,7 +67,11 @@ def moments(world: ExactWorld, lm, weights: Callable, k: int) -> Moments:
     gradients = token_gradients(world, lm).flatten(0, 1)
     gram = gradients @ gradients.t()
     logprobs = world.logprobs(lm).detach()
-    groups, orders = all_groups(len(logprobs), k)
+    # Every group once, and how many orders it comes in: k! / (the counts' factorials)
+    groups = list(itertools.combinations_with_replacement(range(len(logprobs)), k))
+    counts = [map(math.factorial, Counter(group).values()) for group in groups]
+    orders = [math.factorial(k) / math.prod(factorials) for factorials in counts]
+    groups, orders = torch.tensor(groups), torch.tensor(orders, dtype=torch.float64)
     chances = orders * logprobs[groups].sum(dim=1).exp()
     tokens = world.mask.shape[1]
     places = groups.unsqueeze(2) * tokens + torch.arange(tokens)

@@ -76,13 +76,12 @@ class ExactWorld:
 
         Raises ValueError for ids that are no response.
         """
-        width = LENGTH - mask.shape[1]
-        sampled = input_ids[:, -mask.shape[1] :].masked_fill(mask == 0, EOS)
-        sampled = torch.nn.functional.pad(sampled, (0, width), value=EOS)
-        same = (sampled[:, None] == self.responses).all(dim=2)
-        if not same.any(dim=1).all():
-            stray = sampled[~same.any(dim=1)][0].tolist()
-            raise ValueError(f"{stray} is none of the 15 responses; check the sampling")
+        rows = input_ids[:, -mask.shape[1] :].masked_fill(mask == 0, EOS)
+        rows = torch.nn.functional.pad(rows, (0, LENGTH - mask.shape[1]), value=EOS)
+        same = (rows[:, None] == self.responses).all(dim=2)
+        if stray := rows[~same.any(dim=1)].tolist():
+            said = f"{stray[0]} is none of the 15 responses"
+            raise ValueError(f"{said}; check the sampling")
         scores = self.scores[same.long().argmax(dim=1)]
         return scores, scores
 
@@ -126,11 +125,10 @@ class ExactWorld:
         to_come = rewards.flip(1).cumsum(dim=1).flip(1)
         probs, values = logprobs.sum(dim=1).exp(), torch.zeros_like(to_come)
         for t in range(LENGTH):
-            begin = self.responses[:, :t]
-            alike = (begin[:, None] == begin).all(dim=2) & self.mask[:, t].bool()
-            weights = alike * probs
+            begin, here = self.responses[:, :t], self.mask[:, t].bool()
+            weights = ((begin[:, None] == begin).all(dim=2) & here) * probs
             mean = (weights @ to_come[:, t]) / weights.sum(dim=1)
-            values[:, t] = torch.where(self.mask[:, t].bool(), mean, 0.0)
+            values[:, t] = torch.where(here, mean, 0.0)
         return values
 
     def reached(self, lm, kl_coef: float) -> float:

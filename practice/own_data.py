@@ -56,7 +56,7 @@ def as_reviews(found: dict, settings) -> datasets.DatasetDict:
         raise ValueError(f"{said}; correct validation_split")
     splits = {"train": "train", "validation": wanted}
     parts = {k: labelled(found[v], settings) for k, v in splits.items() if v in found}
-    rows = pandas.concat(parts)
+    rows = pandas.concat(parts, names=["split"])
     yes, no = is_meant(rows.label, settings.positive_label), rows.label.notna()
     negative = settings.negative_label
     no &= is_meant(rows.label, negative) if negative else ~yes
@@ -78,10 +78,8 @@ def as_reviews(found: dict, settings) -> datasets.DatasetDict:
     if not kept.all():
         print(f"{(~kept).sum():,} rows without a text or a label are left out")
     rows = rows.assign(label=yes.astype(int))[kept]
-    train = rows[rows.index.get_level_values(0) == "train"]
-    if "validation" in parts:
-        validation = rows[rows.index.get_level_values(0) == "validation"]
-    else:
+    train, validation = (rows.query(f"split == {part!r}") for part in splits)
+    if "validation" not in parts:
         texts = train.sentence.str.strip()
         different = texts[~texts.duplicated()].groupby(train.label)
         back = texts.isin(different.sample(frac=0.1, random_state=0))
@@ -89,13 +87,13 @@ def as_reviews(found: dict, settings) -> datasets.DatasetDict:
         print(f"no split {wanted!r}: {len(validation):,} rows of train are kept back")
     if 0 < settings.train_rows < len(train):
         train = train.sample(settings.train_rows, random_state=0).sort_index()
-    parts = {"train": train, "validation": validation}
-    for part, some in parts.items():
+    result = datasets.DatasetDict()
+    for part, some in (("train", train), ("validation", validation)):
         if some.label.nunique() < 2:
             said = f"the {len(some)} rows of {part} in {named} have not both labels"
             raise ValueError(f"{said}; take more rows, or correct positive_label")
-        parts[part] = datasets.Dataset.from_pandas(some, preserve_index=False)
-    return datasets.DatasetDict(parts)
+        result[part] = datasets.Dataset.from_pandas(some, preserve_index=False)
+    return result
 
 
 def labelled(rows: datasets.Dataset, settings) -> pandas.DataFrame:

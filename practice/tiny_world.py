@@ -14,16 +14,15 @@ import os
 import random
 import shutil
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
@@ -86,21 +85,12 @@ class Grammar:
     def __init__(self, text: str):
         self.rules = {}  # symbol -> [(probability, expansion)]
         for line in text.strip().splitlines():
-            symbol, _, right = line.partition(" -> ")
-            for sign in "+-" if symbol.endswith("*") else [""]:
-                options = [self._option(option, sign) for option in right.split("|")]
-                total = sum(weight for weight, _ in options)
-                self.rules[symbol.rstrip("*") + sign] = [
-                    (weight / total, expansion) for weight, expansion in options
-                ]
-
-    @staticmethod
-    def _option(option: str, sign: str):
-        weight, *parts = option.split()
-        signs = {"=": sign, "~": {"+": "-", "-": "+"}.get(sign, "")}
-        return float(weight), tuple(
-            part[:-1] + signs[part[-1]] if part[-1] in signs else part for part in parts
-        )
+            for signs in ("++-", "--+"):  # a rule without them is read twice
+                signed = line.translate(str.maketrans("*=~", signs))
+                symbol, _, right = signed.partition(" -> ")
+                options = [option.split() for option in right.split("|")]
+                total = sum(float(weight) for weight, *_ in options)
+                self.rules[symbol] = [(float(w) / total, x) for w, *x in options]
 
     def sample(self, symbol: str, rng: random.Random) -> list[str]:
         """The words of one random expansion of the symbol."""
@@ -110,63 +100,37 @@ class Grammar:
         _, expansion = rng.choices(self.rules[symbol], weights)[0]
         return [word for part in expansion for word in self.sample(part, rng)]
 
-    def probability(self, symbol: str, words: tuple[str, ...]) -> float:
-        """The probability that the symbol expands to exactly these words."""
-
-        @functools.cache
-        def ends(symbol, start):  # {end: probability of words[start:end]}
-            if symbol not in self.rules:
-                fits = start < len(words) and words[start] == symbol
-                return {start + 1: 1.0} if fits else {}
-            found = defaultdict(float)
-            for p, expansion in self.rules[symbol]:
-                reached = {start: p}
-                for part in expansion:
-                    step = defaultdict(float)
-                    for middle, q in reached.items():
-                        for end, r in ends(part, middle).items():
-                            step[end] += q * r
-                    reached = step
-                for end, q in reached.items():
-                    found[end] += q
-            return dict(found)
-
-        return ends(symbol, 0).get(len(words), 0.0)
-
-    def first_words(self, symbol: str) -> Counter:
-        """The probability of each word to be the first of the symbol's expansion."""
-        if symbol not in self.rules:
-            return Counter({symbol: 1.0})
-        found = Counter()
-        for p, (first, *_) in self.rules[symbol]:
-            for word, q in self.first_words(first).items():
-                found[word] += p * q
-        return found
+    def probability(self, parts: list[str], words: list[str], begins=False) -> float:
+        """The probability that the parts expand to these words, or begin with them."""
+        if not parts or (begins and not words):
+            return float(not words)
+        first, *others = parts
+        if first in self.rules:
+            options = self.rules[first]
+            return sum(
+                p * self.probability(x + others, words, begins) for p, x in options
+            )
+        fits = words[:1] == [first]
+        return self.probability(others, words[1:], begins) if fits else 0.0
 
 
 REVIEWS, CHATTER = Grammar(REVIEW_GRAMMAR), Grammar(CHATTER_GRAMMAR)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The exact truth about a text: probability 0 means that it is ungrammatical."""
+class Verdict(NamedTuple):
+    """The exact truth about a text."""
 
     probability: float
+    grammatical: bool
     positive: bool
-
-    @property
-    def grammatical(self) -> bool:
-        """Whether the grammar can write the text."""
-        return self.probability > 0
 
 
 @functools.cache
-def judge(text: str) -> Verdict:
-    """Probability and sentiment of a text under the grammar of the reviews."""
-    words = tuple(text.split(" "))
-    positive = REVIEWS.probability("Review+", words) / 2
-    negative = REVIEWS.probability("Review-", words) / 2
-    return Verdict(positive + negative, positive > negative)
+def judge(text: str, begins=False) -> Verdict:
+    """What the grammar of the reviews says of a text, or of all that begin with it."""
+    symbols, words = (["Review+"], ["Review-"]), text.split(" ")
+    good, bad = (REVIEWS.probability(x, words, begins) / 2 for x in symbols)
+    return Verdict(good + bad, good + bad > 0, good > bad)
 
 
 # Where the tiny preset looks for it.
@@ -185,36 +149,27 @@ def write_review(rng: random.Random) -> tuple[str, int]:
     return " ".join(REVIEWS.sample(f"Review{'-+'[label]}", rng)), label
 
 
-def split_of(text: str) -> str:
-    """The split a text belongs to, by its hash, so that no text stands in two."""
-    share = hashlib.sha256(text.encode()).digest()[0] / 256
-    return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
-
-
 def make_dataset(seed: int = 0) -> datasets.DatasetDict:
     """Reviews in the columns, and with the quirks, of SST-2 on the hub.
 
     Train and validation sentences end in a space; the test labels are -1.
     """
-    rng = random.Random(seed)
-    rows = {split: [] for split in ROWS}
+    features = datasets.Features(
+        idx=datasets.Value("int32"),
+        sentence=datasets.Value("string"),
+        label=datasets.ClassLabel(names=["negative", "positive"]),
+    )
+    rng, rows = random.Random(seed), {split: [] for split in ROWS}
     while any(len(rows[split]) < n for split, n in ROWS.items()):
         text, label = write_review(rng)
-        split = split_of(text)
-        if len(rows[split]) < ROWS[split]:
-            hidden = split == "test"
-            rows[split].append((text + " " * (not hidden), -1 if hidden else label))
-    columns = {
-        "idx": datasets.Value("int32"),
-        "sentence": datasets.Value("string"),
-        "label": datasets.ClassLabel(names=["negative", "positive"]),
-    }
-    features, found = datasets.Features(columns), datasets.DatasetDict()
-    for split, pairs in rows.items():
-        texts, labels = map(list, zip(*pairs, strict=True))
-        columns = {"idx": list(range(len(pairs))), "sentence": texts, "label": labels}
-        found[split] = datasets.Dataset.from_dict(columns, features=features)
-    return found
+        # The split goes by the text's hash, so that no text stands in two
+        share = hashlib.sha256(text.encode()).digest()[0] / 256
+        split = "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+        if (idx := len(rows[split])) < ROWS[split]:
+            quirky = (text, -1) if split == "test" else (f"{text} ", label)
+            rows[split].append(dict(zip(features, (idx, *quirky), strict=True)))
+    make = functools.partial(datasets.Dataset.from_list, features=features)
+    return datasets.DatasetDict({split: make(some) for split, some in rows.items()})
 
 
 def write_document(rng: random.Random) -> str:
@@ -272,52 +227,39 @@ def pretrain(tokenizer, show_progress=True, seed: int = SEED) -> GPT2LMHeadModel
     return model.eval()
 
 
-def definition() -> str:
-    """A fingerprint of this file, from which the world is built."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
 def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     """Write `dataset` and `model` under the folder, unless they are there already.
 
     An interrupted build leaves nothing that looks finished. Of two processes at once,
     say a notebook and a command, the second waits for the first.
     """
-    folder = Path(folder)
-    if _is_built(folder):
+    folder, made_from = Path(folder), hashlib.sha256(Path(__file__).read_bytes())
+
+    def is_built():
+        file = folder / "definition.txt"
+        return file.exists() and file.read_text() == made_from.hexdigest()
+
+    if is_built():
         return folder
+    if show_progress:
+        print("the tiny world is built, once; that takes a minute or two")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The empty file stays: to remove it would let a third process past a second
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print("another process builds the tiny world: waiting for it, a minute or two")
-        held = lock.acquire()
-    with held:
-        if not _is_built(folder):
-            _build(folder, show_progress)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if is_built():  # by another process
+            return folder
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # Not as Parquet files, which the library does not find in a folder with [ ]
+        make_dataset().save_to_disk(unfinished / "dataset")
+        rng = random.Random(0)
+        tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
+        tokenizer.save_pretrained(unfinished / "model")
+        pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
+        (unfinished / "definition.txt").write_text(made_from.hexdigest())
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
     return folder
-
-
-def _is_built(folder):
-    file = folder / "definition.txt"
-    return file.exists() and file.read_text() == definition()
-
-
-def _build(folder, show_progress):
-    # Renamed when all of it is there
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    # Not as Parquet files, which the library does not find in a folder with brackets
-    make_dataset().save_to_disk(unfinished / "dataset")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
-    tokenizer.save_pretrained(unfinished / "model")
-    pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
-    (unfinished / "definition.txt").write_text(definition())
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def world_of(name: str) -> Path | None:
@@ -341,23 +283,21 @@ def least_loss(settings, rows: list[list[int]], tokenizer) -> dict:
     """
     if not world_of(settings.dataset_name) or not world_of(settings.model_name):
         return {}
-    firsts = REVIEWS.first_words("Review+") + REVIEWS.first_words("Review-")
     texts = [tokenizer.decode(row[:-1]) for row in rows]
-    if not all(judge(text).grammatical for text in texts):
+    exact = [judge(text) for text in texts]
+    if not all(verdict.grammatical for verdict in exact):
         return {}
-    nats = [math.log(firsts[t.split()[0]] / 2 / judge(t).probability) for t in texts]
-    return {"the grammar": sum(nats) / sum(len(row) - 1 for row in rows)}
+    begun = [judge(text.split()[0], begins=True) for text in texts]
+    chances = zip(begun, exact, strict=True)
+    nats = sum(math.log(x.probability / y.probability) for x, y in chances)
+    return {"the grammar": nats / sum(len(row) - 1 for row in rows)}
 
 
 def exact_judges(settings) -> dict:
     """Judges that know the truth, by the name of their figure; none for real data."""
     if not world_of(settings.dataset_name):
         return {}
-    truths = {
-        "exactly_positive": lambda x: x.grammatical and x.positive,
-        "exactly_grammatical": lambda x: x.grammatical,
-    }
     return {
-        name: lambda texts, truth=truth: [truth(judge(text)) for text in texts]
-        for name, truth in truths.items()
+        "exactly_positive": lambda texts: [judge(x).positive for x in texts],
+        "exactly_grammatical": lambda texts: [judge(x).grammatical for x in texts],
     }

@@ -79,10 +79,7 @@ NOT_PLACED = {  # a file, what is in it, and what is said
     "TWO/4 (1).ipynb": (read(ONE), "leave the one that counts"),
     "nobody.ipynb": (read(ONE), "nothing says whose it is"),
     "***/x.ipynb": (read(ONE), "no letter or digit"),
-    "doubled/x.ipynb": (
-        with_a_copy_of(read(ONE), "gae"),
-        "gae is there more than once",
-    ),
+    "doubled/x.ipynb": (with_a_copy_of(read(ONE), "gae"), "gae is there more than"),
 }
 
 

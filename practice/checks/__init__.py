@@ -16,24 +16,28 @@ Any callable with the arguments of the function in `utils` will do.
 
 # ruff: noqa: F401
 
-from practice.checks.advantages import check_gae, check_whiten
 from practice.checks.comparison import Result, compare
-from practice.checks.estimators import (
-    check_grpo_advantages,
-    check_grpo_loss,
-    check_rloo_advantages,
-)
-from practice.checks.lora import (
-    check_adapted_layer,
-    check_merged_weight,
-    check_read_one_base,
-)
-from practice.checks.losses import check_policy_loss, check_value_loss
 from practice.checks.models import (
     check_evaluate_responses,
     check_lm_labels,
     check_reward_head,
     check_token_logprobs,
 )
-from practice.checks.preferences import check_bradley_terry_loss, check_dpo_loss
-from practice.checks.rewards import check_kl_estimate, check_token_rewards
+from practice.checks.more import (
+    check_adapted_layer,
+    check_bradley_terry_loss,
+    check_dpo_loss,
+    check_grpo_advantages,
+    check_grpo_loss,
+    check_merged_weight,
+    check_read_one_base,
+    check_rloo_advantages,
+)
+from practice.checks.ppo import (
+    check_gae,
+    check_kl_estimate,
+    check_policy_loss,
+    check_token_rewards,
+    check_value_loss,
+    check_whiten,
+)

@@ -1,6 +1,7 @@
 """What is drawn, compared with what is expected, and said about it in one line."""
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -40,102 +41,95 @@ class Case:
 class Result:
     """The outcome of a check, true if it passed; it has been printed already."""
 
-    passed: bool
     difference: float  # the largest; inf if there was nothing to compare with
     message: str  # what is wrong, or empty
 
     def __bool__(self):
-        return self.passed
+        return not self.message
 
     def _ipython_display_(self):
         """Show nothing: as the last value of a cell it would be printed twice."""
 
 
-def check(right, mistakes: dict, *names: str, leaves=0, tolerances=None):
+def check(right, mistakes: dict, *names: str, leaves=0, read=lambda found: found):
     """A decorator: from `trial(case)` to a check, `check_it(function, seed=0)`.
 
-    The trial draws what the function under test is given. What that returns is called
-    by these names; where it is a loss, with or without statistics, its gradient with
-    respect to the first few arguments (`leaves`) counts, too. Or the trial returns a
-    function that maps one under test to quantities by name. `right` is a right
-    function, or what the quantities should be. `mistakes` holds, by a sentence as it
-    goes on after "this is what you get when", what makes a right function wrong: other
-    arguments of it, a wrong function, or a list of these. The check's own `mistakes`
-    are pairs of a sentence and a function.
+    The trial draws the arguments of one call, or a dict of several calls, by what is
+    added to the names of their quantities. `names` are those of what a call returns, a
+    dict has its own; behind a loss stands its gradient with respect to the first few
+    arguments (`leaves`). `read` is for a function that makes a layer: what the layer
+    does. `mistakes` holds, by a sentence as it goes on after "this is what you get
+    when", what makes the right function wrong: other arguments of it, a wrong function,
+    or a list of these. The check's own `mistakes` are pairs of sentence and function.
     """
     known = [
-        (sentence, functools.partial(right, **one) if isinstance(one, dict) else one)
+        (sentence, one if callable(one) else _changed(right, one))
         for sentence, change in mistakes.items()
         for one in (change if isinstance(change, list) else [change])
     ]
 
     def decorate(trial):
-        @functools.wraps(trial)
         def checked(function, seed: int = 0) -> Result:
-            drawn = trial(Case(seed))
-            how = (
-                (loss_and_gradient, drawn, leaves) if leaves else (_name, drawn, names)
-            )
-            measure = drawn if callable(drawn) else functools.partial(*how)
-            expected = _as_tensors(measure(right) if callable(right) else right)
-
-            def named():
-                for sentence, wrong in known:
-                    found = _as_tensors(measure(wrong))
-                    differ = _apart(found, expected, tolerances)
-                    yield sentence, {key: found[key] for key in differ}
-
+            calls = trial(Case(seed))
+            calls = calls if isinstance(calls, dict) else {"": calls}
+            measure = functools.partial(_quantities, calls, names, leaves, read)
             name = getattr(function, "__name__", "your function")
-            call = functools.partial(measure, function)
-            return compare(name, call, expected, named(), tolerances)
+            with torch.random.fork_rng():  # for layers with random weights
+                torch.manual_seed(seed)
+                expected = _as_tensors(measure(right))
+                found = ((text, _as_tensors(measure(wrong))) for text, wrong in known)
+                named = (
+                    (text, {k: x[k] for k in _apart(x, expected)}) for text, x in found
+                )
+                return compare(name, lambda: measure(function), expected, named)
 
-        del checked.__wrapped__  # its own arguments are what `help` is to show
+        checked.__name__, checked.__doc__ = trial.__name__, trial.__doc__
         checked.mistakes = known
         return checked
 
     return decorate
 
 
-def _fresh(given):
-    return [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+def _changed(right, change):
+    """The right function with other values for some of its arguments, by name."""
+    names = list(inspect.signature(right).parameters)
+    return lambda *given: right(**dict(zip(names, given, strict=False)) | change)
 
 
-def _name(given, names, function):
-    found = function(*_fresh(given))
-    return dict(zip(names, found if len(names) > 1 else [found], strict=False))
+def _quantities(calls, names, leaves, read, function) -> dict:
+    """What a function returns in these calls; a gradient is 0 where there is none."""
+    quantities = {}
+    for added, given in calls.items():
+        given = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        inputs = [x.requires_grad_() for x in given[:leaves]]
+        found = read(function(*given))
+        found = found if isinstance(found, tuple) else (found,)
+        if leaves:
+            loss = found[0] + 0 * sum(
+                x.sum() for x in inputs
+            )  # has a gradient, if only 0
+            slopes = torch.stack(torch.autograd.grad(loss, inputs))
+            found = (loss, slopes.squeeze(0), *found[1:])
+        for name, x in zip(names, found, strict=False):
+            own = x if isinstance(x, dict) else {name: x}
+            quantities |= {f"{key}{added}": value for key, value in own.items()}
+    return quantities
 
 
-def loss_and_gradient(given, leaves: int, function, **options) -> dict:
-    """Of a loss function: its value, gradient and statistics.
-
-    The gradient with respect to the first few arguments, 0 where there is none.
-    """
-    given = _fresh(given)
-    inputs = [x.requires_grad_() for x in given[:leaves]]
-    found = function(*given, **options)
-    loss, stats = found if isinstance(found, tuple) else (found, {})
-    slopes = [torch.zeros_like(x) for x in inputs]
-    if loss.requires_grad:
-        how = {"allow_unused": True, "materialize_grads": True}
-        slopes = torch.autograd.grad(loss, inputs, **how)
-    return {"loss": loss, "gradient": torch.stack(list(slopes)).squeeze(0), **stats}
-
-
-def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Result:
+def compare(name: str, call, expected: dict, mistakes=()) -> Result:
     """Compare what `call()` returns with what is expected, and print the outcome.
 
     `expected` maps the name of each quantity to a tensor or number; `call()` must
     return the same names. `mistakes` holds pairs of a sentence, as it goes on after
     "this is what you get when", and the quantities after that mistake; it is named if
-    it explains the first wrong quantity and agrees on all that it lists. `tolerances`
-    maps names of quantities to bounds other than `TOLERANCE`.
+    it explains the first wrong quantity and agrees on all that it lists.
     """
     expected, difference = _as_tensors(expected), math.inf
 
     def result(message=""):
         sign, end = ("✗", f"; {message}") if message else ("✓", "")
         print(f"{sign} {name}: largest difference {difference:.1e}{end}")
-        return Result(not message, difference, message)
+        return Result(difference, message)
 
     try:
         got = call()
@@ -148,18 +142,16 @@ def compare(name: str, call, expected: dict, mistakes=(), tolerances=None) -> Re
         if got[key].shape != value.shape:
             shapes = f"{tuple(got[key].shape)}, expected {tuple(value.shape)}"
             return result(f"its {key} has the shape {shapes}")
-    wrong = _apart(got, expected, tolerances)
-    # What has a bound of its own (a sample, float32) would hide the rest
-    compared = wrong or [key for key in expected if key not in (tolerances or {})]
-    gaps = [_gap(got[key], expected[key]) for key in compared or expected]
+    wrong = _apart(got, expected)
+    gaps = [_gaps(got[key], expected[key]).max().item() for key in wrong or expected]
     difference = max(gaps)
     if not wrong:
         return result()
     for sentence, changed in mistakes:
-        if wrong[0] in changed and not _apart(got, _as_tensors(changed), tolerances):
+        if wrong[0] in changed and not _apart(got, _as_tensors(changed)):
             return result(f"this is what you get when {sentence}")
     yours, right = got[wrong[0]], expected[wrong[0]]
-    worst = (yours - right).abs().nan_to_num(math.inf).argmax()
+    worst = _gaps(yours, right).argmax()
     place = [i.item() for i in torch.unravel_index(worst, yours.shape)] or ""
     yours, right = (x.flatten()[worst].item() for x in (yours, right))
     return result(f"its {wrong[0]}{place} is {yours:.4f}, expected {right:.4f}")
@@ -172,11 +164,10 @@ def _as_tensors(quantities):
     }
 
 
-def _gap(a, b):
-    return (a - b).abs().nan_to_num(math.inf, math.inf).max().item()
+def _gaps(a, b):
+    return (a - b).abs().nan_to_num(math.inf, math.inf)
 
 
-def _apart(got, others, tolerances):
+def _apart(got, others):
     """The names of those of the other quantities that are too far away."""
-    bounds = dict.fromkeys(others, TOLERANCE) | (tolerances or {})
-    return [key for key, x in others.items() if not _gap(got[key], x) <= bounds[key]]
+    return [key for key, x in others.items() if _gaps(got[key], x).max() > TOLERANCE]
