@@ -8,18 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import torch
 from scipy.stats import t
 from torch import Tensor
 
 from practice.cells import LOOP, import_cells
 from utils.runs import NOTEBOOKS
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
 
 # Of notebook 3: its models, prompts and scores, its loop, and its judges
 SERIES = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
@@ -82,12 +76,6 @@ def write_text(path: Path, text: str):
     os.replace(beside, path)
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]):
-    """Raise ValueError, listing the choices, unless the value is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
 def check_group(name: str, group_size: int, settings):
     """ValueError if an estimator cannot be trained with groups of this size.
 
@@ -134,33 +122,11 @@ def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
     return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
 
 
-def gain_in_objective(
-    score: float, kl: float, reference_scores: Tensor, kl_coef: float
-) -> dict[str, float]:
-    """J of a policy, and how far it is from the reference's to the best possible.
-
-    `score` and `kl` (nats) are means over its responses, `reference_scores` (P, K) the
-    scores of K responses of the reference to each prompt. Returns
-
-        objective: J = score - beta kl
-        share: (J - J_ref) / (J* - J_ref)
-
-    where J_ref is the mean of `reference_scores`, and J* is that of `best_possible`.
-    Without a price nothing is the best possible, so there is no share.
-    """
-    objective = score - kl_coef * kl
-    if not kl_coef:
-        return {"objective": objective}
-    start = reference_scores.mean().item()
-    most = best_possible(reference_scores, kl_coef)[1]["objective"]
-    return {"objective": objective, "share": (objective - start) / (most - start)}
-
-
 def peak_memory(device) -> float:
     """The most memory that this process (on a GPU: its tensors) ever held, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
-        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # which Windows does not have
+
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

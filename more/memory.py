@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from more.lora import linear_layers, sizes
 
-LAYOUTS = (0, 1, 2, 3)
 # Double quantisation: 4 bits, 8 for the scale of 64 numbers, 32 for that of 256 scales
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 BITS = {"float32": 32, "16 bits": 16, "NF4": NF4_BITS}
@@ -27,14 +26,8 @@ def layout_memory(
     `lm` is a language model, which may lie on the device "meta", where it takes no
     memory itself. `precision` is that of frozen weights: "float32", "16 bits" or "NF4"
     (the linear layers; the rest in 16 bits). What is trained has 4 bytes, and so have
-    its gradient and AdamW's two moments. Raises ValueError for a layout or a precision
-    that there is not.
+    its gradient and AdamW's two moments.
     """
-    if layout not in LAYOUTS or precision not in BITS:
-        raise ValueError(
-            f"there is no layout {layout} in {precision!r}; take one of {LAYOUTS} and "
-            f"one of {', '.join(BITS)}"
-        )
     whole, trunk = (sum(p.numel() for p in x.parameters()) for x in (lm, lm.base_model))
     layers, head = linear_layers(lm).values(), lm.config.hidden_size + 1
     linear = sum(layer.weight.numel() for layer in layers)

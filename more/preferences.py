@@ -12,7 +12,6 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 import json
 import os
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,15 +85,12 @@ def dpo_loss(
     )
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}"
-        )
     if kind not in ("sigmoid", "ipo"):
         raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
-    if kind == "ipo" and label_smoothing:
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind == "ipo"):
         raise ValueError(
-            f"ipo knows no label_smoothing, got {label_smoothing}; set it to 0"
+            "label_smoothing must be from 0 to below 0.5, and 0 for ipo, got "
+            f"{label_smoothing}"
         )
     chosen = chosen_logprobs - ref_chosen_logprobs.detach()
     rejected = rejected_logprobs - ref_rejected_logprobs.detach()
@@ -112,42 +108,45 @@ def dpo_loss(
     return losses.mean(), stats
 
 
+def check_pair(pair):
+    """Raise ValueError, saying what is wrong, unless it has two texts to a prompt."""
+    if not isinstance(pair, dict):
+        raise ValueError("this is no object with prompt, chosen and rejected")
+    for name in FIELDS:
+        if not isinstance(pair.get(name), str) or not pair[name].strip():
+            raise ValueError(f"there is no text {name!r}")
+        pair[name].encode()  # an error for half a letter, which json lets through
+    if pair["chosen"] == pair["rejected"]:
+        raise ValueError("chosen and rejected are the same text")
+
+
 def _line(pair: dict[str, str]) -> bytes:
     """A pair as a line of its file."""
     line = json.dumps({name: pair[name] for name in FIELDS}, ensure_ascii=False)
     return line.encode() + b"\n"
 
 
-def _torn(content: bytes) -> int:
-    """How many bytes at the end of a file are a line that a kill has cut off."""
-    (last,) = content.splitlines(keepends=True)[-1:] or [b"\n"]
-    if last.endswith((b"\n", b"\r")):
-        return 0
-    try:
-        json.loads(last)
-    except ValueError:
-        return len(last)
-    return 0
+def _write(path: Path, content: bytes):
+    """Write a file as a whole, on the disk when this returns: a kill leaves the old."""
+    beside = path.with_suffix(".unfinished")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def append_pair(path, pair: dict[str, str]):
     """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
-    A last line that a kill has cut off is taken away first. Raises ValueError if the
-    pair lacks a text, or if nothing was preferred.
+    All other lines stay as they are. Raises ValueError as `check_pair` does.
     """
-    if fault := _fault(pair):
-        raise ValueError(f"this pair {fault}: {pair}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        whole = content[: len(content) - _torn(content)]
-        file.truncate(len(whole))
-        ended = not whole or whole.endswith((b"\n", b"\r"))
-        file.write((b"" if ended else b"\n") + _line(pair))
-        file.flush()
-        os.fsync(file.fileno())
+    check_pair(pair)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    ended = not content or content.endswith((b"\n", b"\r"))
+    _write(path, content + (b"" if ended else b"\n") + _line(pair))
 
 
 def remove_pair(path, pair: dict[str, str]):
@@ -155,25 +154,21 @@ def remove_pair(path, pair: dict[str, str]):
 
     Raises ValueError if there is none.
     """
-    path = Path(path)
-    before, line, after = path.read_bytes().rpartition(_line(pair))
+    before, line, after = Path(path).read_bytes().rpartition(_line(pair))
     if not line:
         raise ValueError(f"{path} does not hold this answer any more: {pair}")
-    beside = path.with_suffix(".unfinished")
-    beside.write_bytes(before + after)
-    os.replace(beside, path)
+    _write(Path(path), before + after)
 
 
 def read_pairs(
-    *paths, check: Callable[[dict], str] | None = None
+    *paths, check: Callable[[dict], object] = lambda pair: None
 ) -> tuple[list[dict[str, str]], list[str]]:
     """The pairs of files of JSON Lines, and what is wrong with their other lines.
 
     Each line is an object with `prompt`, `chosen` and `rejected`; prompt and response
     one after the other are the text. What is wrong is a sentence that begins with the
-    file and the number of the line; `check` may find more: it returns how the sentence
-    goes on, or nothing. Of two lines with the same texts that say the opposite, the
-    first counts. A last line that a kill has cut off counts as not written. Raises
+    file and the number of the line; `check` may find more, and raises ValueError. Of
+    two lines with the same texts that say the opposite, the first counts. Raises
     FileNotFoundError if a file is not there.
     """
     pairs, faults, seen = [], [], {}
@@ -182,25 +177,19 @@ def read_pairs(
             raise FileNotFoundError(
                 f"there is no file {path} of pairs yet; label some first"
             )
-        content = Path(path).read_bytes()
-        lines = content[: len(content) - _torn(content)].splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             place = f"{path}, line {number}"
             try:
-                pair = json.loads(line)
-                fault = _fault(pair) or (check(pair) if check else "")
-            except ValueError:  # no JSON, or no UTF-8
-                fault = "is no JSON"
-            if not fault:
+                check_pair(pair := json.loads(line))
+                check(pair)
                 pair = {name: pair[name] for name in FIELDS}
                 key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
                 chosen, first = seen.setdefault(key, (pair["chosen"], place))
                 if chosen != pair["chosen"]:
-                    fault = f"prefers the text that {first} rejects"
-            if fault:
-                faults.append(f"{place} {fault}")
-            else:
+                    raise ValueError(f"it prefers the text that {first} rejects")
                 pairs.append(pair)
+            except ValueError as error:  # of JSON or UTF-8, too
+                faults.append(f"{place}: {error}")
     return pairs, faults
 
 
@@ -247,22 +236,6 @@ def split_by_prompt(
     return parts
 
 
-def _fault(pair) -> str:
-    """What is wrong with a pair, as it goes on after its name, or nothing."""
-    if not isinstance(pair, dict):
-        return "is no object with prompt, chosen and rejected"
-    for name in FIELDS:
-        if not isinstance(pair.get(name), str):
-            return f"has no text {name!r}"
-        if not pair[name].strip():
-            return f"has an empty {name!r}"
-        if re.search(r"[\ud800-\udfff]", pair[name]):
-            return f"has half a letter in {name!r}"
-    if pair["chosen"] == pair["rejected"]:
-        return "has the same text as chosen and as rejected"
-    return ""
-
-
 def pair_tokens(
     pair: dict[str, str], tokenizer, max_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
@@ -280,27 +253,14 @@ def pair_tokens(
         response = text[len(prompt) :]
         if text[: len(prompt)] != prompt or not response:
             raise ValueError(
-                f"has a prompt that is cut within a token of prompt + {name}: "
+                f"the prompt is cut within a token of prompt + {name}: "
                 f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
             )
         if tokenizer.eos_token_id in response:
-            raise ValueError(f"holds the EOS token {tokenizer.eos_token!r} in {name!r}")
+            raise ValueError(f"{name} holds the EOS token {tokenizer.eos_token!r}")
         if len(text) >= max_tokens:
             raise ValueError(
-                f"has {len(text) + 1} tokens in prompt + {name}, more than {max_tokens}"
+                f"prompt + {name} have {len(text) + 1} tokens, more than {max_tokens}"
             )
         responses.append([*response, tokenizer.eos_token_id])
     return prompt, *responses
-
-
-def pair_check(tokenizer, max_tokens: int):
-    """A `check` for `read_pairs`: what `pair_tokens` has against a pair, or nothing."""
-
-    def check(pair):
-        try:
-            pair_tokens(pair, tokenizer, max_tokens)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    return check

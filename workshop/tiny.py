@@ -9,6 +9,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -45,10 +46,10 @@ def lesson(three, number: str, *cells: str, **names) -> SimpleNamespace:
 
 def judged(three, run, settings) -> dict:
     """The figures of a run of PPO's loop, as notebook 3's models and judges see it."""
-    figures, _ = three.evaluate(run.policy, show_progress=False)
     scores = three.reference_scores(three.held_out, settings.possible_samples)
-    means = figures["score"], figures["kl"]
-    figures |= common.gain_in_objective(*means, scores, settings.kl_coef)
+    evaluate = partial(three.evaluate, show_progress=False)
+    names = {"run": run, "settings": settings, "evaluate": evaluate, "possible": scores}
+    figures = lesson(three, "3", "after", **names).after
     return figures | {"episodes": len(run.history) * settings.ppo_rollout_size}
 
 
