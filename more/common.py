@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import sys
 from pathlib import Path
@@ -28,33 +27,6 @@ def notebook_3(settings, device) -> SimpleNamespace:
     names = {"settings": settings, "device": device}
     with contextlib.redirect_stdout(io.StringIO()):
         return SimpleNamespace(**import_cells(NOTEBOOKS["3"], *SERIES, names=names))
-
-
-def best_of_n(logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
-    """Log-probabilities (..., K) of K responses after best-of-n.
-
-    Of n responses drawn from a policy, that with the highest score is kept; among
-    equal scores chance decides. With F(s) the policy's chance of a score of at most s,
-    F(s-) of one below s, and p(s) = F(s) - F(s-),
-
-        pi_n(y) = pi(y) / p(R(y)) * (F(R(y))^n - F(R(y)-)^n)
-
-    (Beirami et al. 2024, arXiv 2401.01879, where no two scores are equal). `logprobs`
-    (..., K) and `scores` are those of all responses; or of a sample, each with -log K.
-    Raises ValueError if n is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}; 1 is the policy itself")
-    mine, others = scores.unsqueeze(-1), scores.unsqueeze(-2)
-    each = logprobs.double().unsqueeze(-2)
-
-    def log_chance(which):
-        return each.masked_fill(~which, -math.inf).logsumexp(dim=-1)
-
-    up_to, below = log_chance(others <= mine), log_chance(others < mine)
-    # log(F^n - F-^n), where the powers alone might be too small for a float
-    kept = n * up_to + (-torch.expm1(n * (below - up_to))).log()
-    return logprobs + kept - log_chance(others == mine)
 
 
 def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,32 +66,6 @@ def check_group(name: str, group_size: int, settings):
             f"ppo_micro_batch_size ({settings.ppo_micro_batch_size}) to "
             f"ppo_minibatch_size ({minibatch}), or lower both"
         )
-
-
-def best_possible(scores: Tensor, kl_coef: float) -> tuple[Tensor, dict]:
-    """The best policy at a price of KL, estimated from the reference's responses.
-
-    `scores` (P, K): those of K responses of the reference to each of P prompts. The
-    best policy is in proportion to pi_ref * exp(R / beta), so the i-th response gets
-    w_i = softmax(R / beta)_i of it, and 1 / K of the reference (Rafailov et al. 2023,
-    arXiv 2305.18290, equation 4; importance sampling, normalised by itself). Returns
-    the weights w (P, K), and means over the prompts:
-
-        score = sum_i w_i R_i        kl = sum_i w_i log(K w_i)  [nats per response]
-        objective = score - beta kl = beta log mean_i exp(R_i / beta)
-
-    K responses show no KL above log K; where the estimate comes near that, take more.
-    Raises ValueError if beta is not above 0.
-    """
-    if kl_coef <= 0:
-        raise ValueError(
-            f"kl_coef must be above 0, got {kl_coef}; without a price take best-of-n"
-        )
-    logs = (scores.double() / kl_coef).log_softmax(dim=1)
-    weights = logs.exp()
-    score = (weights * scores).sum(dim=1).mean().item()
-    kl = (weights * (logs + math.log(scores.shape[1]))).sum(dim=1).mean().item()
-    return weights, {"score": score, "kl": kl, "objective": score - kl_coef * kl}
 
 
 def peak_memory(device) -> float:

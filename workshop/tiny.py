@@ -227,7 +227,7 @@ def offline(settings, seed, price, rate, passes, size) -> dict:
 def untrained(settings, seed) -> dict:
     """The points of best-of-n and of the best possible, from the SFT model's texts."""
     three = notebook(settings, seed)
-    point = lesson(three, "7", "frontier-point").point
+    seven = lesson(three, "7", "frontier-point", "best-of-n", "best-possible")
     sft = PolicyWithValueHead(three.reference).eval()
     _, rows = three.evaluate(sft, three.held_out * CANDIDATES)
     # The prompts come round: each round is a column
@@ -238,12 +238,12 @@ def untrained(settings, seed) -> dict:
     def add(way, label, logs):
         weights = (logs.exp().T / len(scores)).flatten().tolist()
         kl = (logs.exp() * (logs - log_ref)).sum(dim=1).mean().item()
-        found[way][label] = point(label, kl, rows, weights)
+        found[way][label] = seven.point(label, kl, rows, weights)
 
     for n in NUMBERS:  # equal texts score the same up to rounding
-        add("best-of-n", f"{n}", common.best_of_n(log_ref, scores.round(decimals=4), n))
+        add("best-of-n", f"{n}", seven.best_of_n(log_ref, scores.round(decimals=4), n))
     for price in POSSIBLE_PRICES:
-        add("best possible", f"{price:g}", common.best_possible(scores, price)[0].log())
+        add("best possible", f"{price:g}", seven.best_possible(scores, price)[0].log())
     return found
 
 
