@@ -48,26 +48,6 @@ def write_text(path: Path, text: str):
     os.replace(beside, path)
 
 
-def check_group(name: str, group_size: int, settings):
-    """ValueError if an estimator cannot be trained with groups of this size.
-
-    A rollout must be made of whole groups; and GRPO's mean over the responses of a
-    minibatch is no sum of the means over its pieces.
-    """
-    rollout, minibatch = settings.ppo_rollout_size, settings.ppo_minibatch_size
-    if group_size < 1 or rollout % group_size:
-        raise ValueError(
-            f"ppo_rollout_size ({rollout}) must be a multiple of the group, got "
-            f"{group_size}"
-        )
-    if name == "GRPO" and settings.ppo_micro_batch_size < minibatch:
-        raise ValueError(
-            "GRPO's mean over responses cannot be worked out in pieces; set "
-            f"ppo_micro_batch_size ({settings.ppo_micro_batch_size}) to "
-            f"ppo_minibatch_size ({minibatch}), or lower both"
-        )
-
-
 def peak_memory(device) -> float:
     """The most memory that this process (on a GPU: its tensors) ever held, in GiB."""
     if device.type == "cuda":

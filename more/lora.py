@@ -223,6 +223,12 @@ def sharing(model: nn.Module, name: str | None) -> nn.Module:
     return twin
 
 
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What these tensors take, each piece of memory counted once."""
+    pieces = [x.untyped_storage() for x in tensors]
+    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
+
+
 @torch.no_grad()
 def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     """Put an adapter into the weights, W + s B A, and take it away; returns the model.

@@ -11,11 +11,9 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 
 import json
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -191,49 +189,6 @@ def read_pairs(
             except ValueError as error:  # of JSON or UTF-8, too
                 faults.append(f"{place}: {error}")
     return pairs, faults
-
-
-def agreement_with_labeller(utilities: Tensor, scores: Tensor) -> tuple[float, float]:
-    """How often scores agree with fresh answers of a labeller of known utilities.
-
-    `utilities` (N, 2) are the labeller's of both texts of N pairs, in units of its
-    noise, `scores` (N, 2) those of the model that guesses. Returns the expected share
-    of agreement, without sampling an answer, and the most that any model can have:
-
-        agreement = mean sigmoid(+-(u_1 - u_2)), + where the first has the higher score
-        ceiling = mean sigmoid(|u_1 - u_2|)
-
-    Where the scores are equal the guess is a coin's. Raises ValueError if the shapes
-    disagree.
-    """
-    check_shapes(utilities=utilities, scores=scores)
-    gap = utilities[:, 0] - utilities[:, 1]
-    guess = (scores[:, 0] - scores[:, 1]).sign().to(gap)
-    ceiling = torch.sigmoid(gap.abs()).mean()
-    return torch.sigmoid(gap * guess).mean().item(), ceiling.item()
-
-
-def split_by_prompt(
-    pairs: list[dict[str, str]], share: float, seed: int = 0
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Pairs to learn from, and pairs of a share of the prompts to measure on.
-
-    No prompt is in both: pairs of one prompt share texts, and a model that remembers
-    those would look better than it is (arXiv 2203.02155). Raises ValueError if one of
-    the two would be empty.
-    """
-    prompts = sorted({pair["prompt"] for pair in pairs})
-    random.Random(seed).shuffle(prompts)
-    held_out = set(prompts[: round(share * len(prompts))])
-    if not 0 < len(held_out) < len(prompts):
-        raise ValueError(
-            f"a share of {share:.2g} of {len(prompts)} prompts leaves nothing on one "
-            "side; label pairs of more prompts, or change the share"
-        )
-    parts = [], []
-    for pair in pairs:
-        parts[pair["prompt"] in held_out].append(pair)
-    return parts
 
 
 def pair_tokens(

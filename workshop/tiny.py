@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import torch
 
 from more import common
-from more.preferences import agreement_with_labeller, split_by_prompt
 from practice import exact_world
 from practice.cells import LOOP, import_cells
 from utils.models import PolicyWithValueHead, freeze, load_causal_lm
@@ -128,7 +127,8 @@ EXACT_BETA = 0.5
 SAMPLED = ((512, 64), (4_992, 256))
 # The share of the pairs to measure on: 95 % of what can be had is then known to a point
 MEASURED_ON = 0.45
-PAIRS = ("sample-pairs", "utility", "label", "both-texts", "train-on-pairs", "ppo-on")
+PAIRS = ("sample-pairs", "utility", "label", "both-texts", "split-by-prompt")
+PAIRS += ("train-on-pairs", "ppo-on")
 FIGURES = ("exactly_positive", "exactly_grammatical", "kl", "reward", "distinct_2")
 
 
@@ -140,13 +140,13 @@ def learning_curve(settings, seed) -> dict:
     three = notebook(settings, seed)
     six = lesson(three, "6", *PAIRS)
     pairs = six.sample_pairs(three.reference, three.train_prompts, seed)
-    train, test = split_by_prompt(six.label(pairs, seed), MEASURED_ON, seed)
+    train, test = six.split_by_prompt(six.label(pairs, seed), MEASURED_ON, seed)
     texts = six.both_texts(test)
     utilities = six.utility(texts).view(-1, 2)
 
     def agreement(model):
         scores = six.score_texts(model, texts).view(-1, 2)
-        return agreement_with_labeller(utilities, scores)
+        return six.agreement_with_labeller(utilities, scores)
 
     labels, ceiling = agreement(three.reward_model)
     found = {"labels": labels, "ceiling": ceiling, "agreement": {}}
