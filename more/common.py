@@ -19,14 +19,14 @@ SERIES = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
 SERIES += (*LOOP, "judges", "evaluate")
 
 
-def notebook_3(settings, device) -> SimpleNamespace:
+def notebook_3(settings, device, *more: str) -> SimpleNamespace:
     """Models, prompts, scores, loop and judges of notebook 3, as its file defines them.
 
-    What those cells print has been seen there, so it is not printed again.
+    And what `more` of its cells define. What they print has been seen there.
     """
-    names = {"settings": settings, "device": device}
+    names, cells = {"settings": settings, "device": device}, (*SERIES, *more)
     with contextlib.redirect_stdout(io.StringIO()):
-        return SimpleNamespace(**import_cells(NOTEBOOKS["3"], *SERIES, names=names))
+        return SimpleNamespace(**import_cells(NOTEBOOKS["3"], *cells, names=names))
 
 
 def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:

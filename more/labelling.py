@@ -52,15 +52,6 @@ def make_questions(
     return questions
 
 
-def answer_of(left_utility: float, right_utility: float, rng: random.Random) -> str:
-    """What a labeller of Bradley–Terry type says: 1 with probability sigmoid(u1 - u2).
-
-    Bradley & Terry 1952. The utilities are in units of their own noise.
-    """
-    chance = 0.5 * (1 + math.tanh((left_utility - right_utility) / 2))
-    return "1" if rng.random() < chance else "2"
-
-
 class Labeller:
     """Asks its questions in order, and has each answer on disk before the next.
 
@@ -72,9 +63,7 @@ class Labeller:
 
     def __init__(self, questions: list[Question], path):
         path, ends = Path(path), {"pairs": "", "again": ".again", "skip": ".skipped"}
-        self.files = {
-            k: path.with_name(path.stem + x + ".jsonl") for k, x in ends.items()
-        }
+        self.files = {k: path.with_suffix(x + ".jsonl") for k, x in ends.items()}
         self.questions, self.faults, found = questions, [], {}
         for kind, file in self.files.items():
             pairs, faults = read_pairs(file) if file.exists() else ([], [])
@@ -121,9 +110,8 @@ class Labeller:
         if not self.answers:
             raise ValueError("there is no answer to undo; answer 1, 2 or s first")
         key, chosen = next(reversed(self.answers.items()))
-        remove_pair(
-            *self._line(next(q for q in self.questions if q.key == key), chosen)
-        )
+        question = next(q for q in self.questions if q.key == key)
+        remove_pair(*self._line(question, chosen))
         del self.answers[key]
 
     def _line(self, question, chosen) -> tuple[Path, dict[str, str]]:
@@ -159,12 +147,11 @@ class Labeller:
 
 def describe(report: dict[str, float]) -> str:
     """A labeller's report as a sentence or two."""
-    said = f"{report['answered']} answers, {report['skipped']} skipped"
+    said = "{answered} answers, {skipped} skipped"
     if report["answered"]:
-        said += f"; the left one in {report['left']:.0%}"
+        said += "; the left one in {left:.0%}"
     if report["repeated"]:
         said += (
-            f"; of {report['repeated']} asked twice, the same one was chosen in "
-            f"{report['consistent']:.0%}"
+            "; of {repeated} asked twice, the same one was chosen in {consistent:.0%}"
         )
-    return said
+    return said.format(**report)

@@ -119,11 +119,7 @@ def _adapted(model) -> dict[str, AdaptedLayer]:
 
 
 def add_adapter(
-    model: nn.Module,
-    name: str,
-    rank: int = 8,
-    alpha: float = 16,
-    targets: Iterable[str] | None = None,
+    model: nn.Module, name: str, rank: int = 8, alpha: float = 16, targets=None
 ) -> nn.Module:
     """Freeze the model, and put a fresh adapter beside its linear layers; it is on.
 
@@ -137,10 +133,8 @@ def add_adapter(
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
     if not name or "." in name or name in adapter_names(model):
-        raise ValueError(
-            f"an adapter cannot be called {name!r}; take a name without dots that is "
-            f"none of {adapter_names(model)}"
-        )
+        taken = adapter_names(model)
+        raise ValueError(f"{name!r} is taken or has a dot; take none of {taken}")
     layers = linear_layers(model)
     targets = layers if targets is None else targets
     ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}
@@ -301,9 +295,8 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
         found, right = there.get(key, "none"), wanted.get(key, "no layer")
         if found != right:
             raise ValueError(
-                f"the adapter in {folder} has {key} of {found}, where its rank and "
-                f"this model give {right}; take the base model and the configuration "
-                "that it was saved with"
+                f"{folder} has {key} of {found}, where its rank and this model give "
+                f"{right}; take the base model and the configuration of its training"
             )
     add_adapter(model, name, rank, alpha, sorted(targets))
     ours = f".adapters.{name}.lora_"

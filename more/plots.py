@@ -27,8 +27,7 @@ def plot_moments(estimators: dict[str, tuple[float, float, float]]):
 
     By name: the bias relative to the gradient, its angle in degrees, the variance.
     """
-    size = 9.6, 0.3 * len(estimators) + 0.8
-    figure, axes = subplots(plot_moments, 1, 3, size)
+    figure, axes = subplots(plot_moments, 1, 3, (9.6, 0.3 * len(estimators) + 0.8))
     titles = ("bias, relative", "angle to the gradient", "variance, scaled")
     units = ("share of the gradient's length", "degrees", "squared length")
     table = pd.DataFrame(estimators, titles).T.iloc[::-1]
@@ -100,8 +99,7 @@ def plot_dpo(history: list[dict], beta: float):
     axes[2].axhline(0, color="k", linewidth=0.5)
     axes[2].legend(frameon=False)
     kl.plot(ax=axes[3], style="o-", color=BLUE, title="KL of samples", ylim=(0, None))
-    nats = "nats per response"
-    units = ("share of the pairs", "labeller's units", nats, nats)
+    units = ("share of the pairs", "labeller's units", *["nats per response"] * 2)
     for axis, unit in zip(axes, units, strict=True):
         axis.set(xlabel="step", ylabel=unit)
     return figure
@@ -149,8 +147,8 @@ def plot_frontier(points: dict[str, list[dict]]):
     of one point is a star, and the best possible a dashed line.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
-    size = 4.2 * len(judges), 3.8
-    figure, axes = subplots(plot_frontier, 1, len(judges), size, sharey=True)
+    n = len(judges)
+    figure, axes = subplots(plot_frontier, 1, n, (4.2 * n, 3.8), sharey=True)
     styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
     # Where the labels stand, so that two ways that cross can be read
     places = {BLUE: (0, 9), RED: (0, -9), GREEN: (10, -3), PURPLE: (11, 0)}
@@ -166,9 +164,9 @@ def plot_frontier(points: dict[str, list[dict]]):
             x, y = table["kl"], table[f"shares.{judge}"]
             axis.plot(x, y, style, markersize=7, color=colour, label=way)
             if "kl_95" in table:
-                bars = {"yerr": table[f"shares_95.{judge}"], "xerr": table["kl_95"]}
-                bars |= {"fmt": "none", "elinewidth": 1, "alpha": 0.5}
-                axis.errorbar(x, y, **bars, ecolor=colour)
+                half = table[f"shares_95.{judge}"], table["kl_95"]
+                how = {"ecolor": colour, "elinewidth": 1, "alpha": 0.5}
+                axis.errorbar(x, y, *half, fmt="none", **how)
             for i, at in enumerate(zip(table["label"], x, y, strict=True)):
                 how = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
                 how |= {"textcoords": "offset points", "path_effects": halo}
@@ -177,19 +175,8 @@ def plot_frontier(points: dict[str, list[dict]]):
                 axis.annotate(at[0], at[1:], shift, **how)
     most = max(point["kl"] for line in points.values() for point in line)
     for axis, judge in zip(axes, judges, strict=True):
-        # Of the points: an interval may be longer
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
-        axis.set_xlim(-0.1 * most, 1.1 * most)
+        axis.set_xlim(-0.1 * most, 1.1 * most)  # an interval may be longer
     axes[0].set_ylabel("share judged positive")
     axes[1].legend(frameon=False, loc="lower right")
-    return figure
-
-
-def plot_steered(tokens: list[str], ratios: list[float]):
-    """The tokens that PPO has made likelier (blue) and less likely (red), as bars."""
-    figure, axis = subplots(plot_steered, 1, 1, (6, 0.22 * len(tokens) + 0.7))
-    colours = [BLUE if ratio > 0 else RED for ratio in ratios]
-    axis.barh(range(len(tokens)), ratios, color=colours, tick_label=tokens)
-    axis.axvline(0, color="k", linewidth=0.5)
-    axis.set_xlabel("mean of log π − log π_ref [nats]")
     return figure

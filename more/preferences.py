@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,15 +36,9 @@ def bradley_terry_loss(
     ValueError if the shapes disagree.
     """
     check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    difference = chosen_scores - rejected_scores
-    return -F.logsigmoid(difference).mean(), _wins(difference.detach())
-
-
-def _wins(difference: Tensor) -> dict[str, Tensor]:
-    return {
-        "accuracy": (difference > 0).to(difference.dtype).mean(),
-        "margin": difference.mean(),
-    }
+    gap = chosen_scores - rejected_scores
+    stats = {"accuracy": (gap > 0).to(gap.dtype).mean(), "margin": gap.detach().mean()}
+    return -F.logsigmoid(gap).mean(), stats
 
 
 def dpo_loss(
@@ -93,17 +88,16 @@ def dpo_loss(
     chosen = chosen_logprobs - ref_chosen_logprobs.detach()
     rejected = rejected_logprobs - ref_rejected_logprobs.detach()
     difference = chosen - rejected
+    # Bradley-Terry, with implicit rewards for scores: only their difference counts
+    scores = beta * difference, torch.zeros_like(difference)
+    loss, wins = bradley_terry_loss(*scores)
     if kind == "ipo":
-        losses = (difference - 1 / (2 * beta)) ** 2
-    else:
-        right, wrong = (F.logsigmoid(sign * beta * difference) for sign in (1, -1))
-        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    stats = {
-        "chosen_reward": beta * chosen.detach().mean(),
-        "rejected_reward": beta * rejected.detach().mean(),
-        **_wins(beta * difference.detach()),
-    }
-    return losses.mean(), stats
+        loss = ((difference - 1 / (2 * beta)) ** 2).mean()
+    elif label_smoothing:
+        turned, _ = bradley_terry_loss(*reversed(scores))
+        loss = (1 - label_smoothing) * loss + label_smoothing * turned
+    stats = {"chosen_reward": chosen, "rejected_reward": rejected}
+    return loss, {k: beta * x.detach().mean() for k, x in stats.items()} | wins
 
 
 def check_pair(pair):
@@ -172,9 +166,7 @@ def read_pairs(
     pairs, faults, seen = [], [], {}
     for path in paths:
         if not Path(path).exists():
-            raise FileNotFoundError(
-                f"there is no file {path} of pairs yet; label some first"
-            )
+            raise FileNotFoundError(f"no file {path} of pairs yet; label some first")
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             place = f"{path}, line {number}"
             try:

@@ -51,7 +51,6 @@ def model_card(
     model, data = public_name(settings.model_name), public_name(settings.dataset_name)
     changed = settings.changes.items()
     told = [f"{k} {x}" for k, x in changed if type(x) is not str or public_name(x)]
-    numbers = {k: x for k, x in asdict(settings).items() if type(x) in (int, float)}
     header = ModelCardData(
         license=licence,
         library_name="transformers",
@@ -69,14 +68,13 @@ def model_card(
             settings.dataset_name, "film-review phrases, generated", "data set"
         ),
         "changes": "; ".join(told) or "nothing",
-        "numbers": ", ".join(f"{k} {x:g}" for k, x in numbers.items()),
+        "settings": asdict(settings),
         "figures": FIGURES,
         "before": before,
         "after": after,
         "rows": metrics["reward_model"].get("validation_rows"),
     }
     template = Path(__file__).with_name("card.md")
-    words = asdict(settings) | words
     return ModelCard.from_template(header, template_path=template, **words)
 
 

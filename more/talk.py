@@ -2,8 +2,7 @@
 
 The same prompt, temperature and seed for the model before PPO (the reference) and the
 one after it (the policy); the reward model's score of each text; and, token by token,
-how much likelier PPO has made it. No widgets here: a notebook, a page and a test all
-call the same functions.
+how much likelier PPO has made it.
 """
 
 import html
@@ -58,9 +57,9 @@ class Talk:
         self.models = {BEFORE: reference, AFTER: policy}
         self.reward_model, self.tokenizer = reward_model, tokenizer
         self.settings, self.eos_id = settings, tokenizer.eos_token_id
-        limit = getattr(reference.config, "max_position_embeddings", None)
+        limit = getattr(reference.config, "max_position_embeddings", 1024)
         # The longest prompt after which a whole response can still be read [tokens]
-        self.longest = (limit or 1024) - settings.max_new_tokens
+        self.longest = limit - settings.max_new_tokens
 
     def encode(self, prompt: str) -> list[int]:
         """The token ids of a prompt, without the spaces around it.
@@ -77,10 +76,8 @@ class Talk:
             raise ValueError(f"the prompt holds {eos!r}, which ends texts; take it out")
         (ids,) = encode([prompt], self.tokenizer)
         if len(ids) > self.longest:
-            raise ValueError(
-                f"the prompt has {len(ids):,} tokens, and the model reads "
-                f"{self.longest} at most before a response; shorten it"
-            )
+            most = f"{self.longest}, which leave room for a response"
+            raise ValueError(f"the prompt has {len(ids)} tokens; shorten it to {most}")
         return ids
 
     @torch.no_grad()
@@ -118,7 +115,7 @@ class Talk:
         low, high = TEMPERATURES
         if not low <= temperature <= high:
             raise ValueError(
-                f"temperature must be from {low:g} to {high:g}, got {temperature}"
+                f"take a temperature from {low} to {high}, not {temperature}"
             )
         ids, replies = self.encode(prompt), {}
         for name, lm in self.models.items():
@@ -152,10 +149,7 @@ def token_texts(tokenizer, prompt: list[int], response: list[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The text with the numbers of characters that would not be seen, or mislead.
-
-    Those that turn the direction of writing, for example, become ⟨U+202E⟩.
-    """
+    """The text, with the number of each character that is not seen, as ⟨U+202E⟩."""
     return "".join(x if x.isprintable() else f"⟨U+{ord(x):04X}⟩" for x in text)
 
 

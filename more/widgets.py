@@ -31,12 +31,11 @@ def writing_box(talk: Talk, prompt: str = "the film is") -> ipywidgets.Widget:
 
     def write(prompt, temperature, seed):
         try:
-            replies = talk.write(prompt, temperature, seed)
-            said = HTML("".join(map(card, replies.values())))
+            said = "".join(map(card, talk.write(prompt, temperature, seed).values()))
         except ValueError as error:
-            said = HTML(html.escape(str(error)))
-        display(said)
-        return said
+            said = html.escape(str(error))
+        display(HTML(said))
+        return HTML(said)
 
     low, high = TEMPERATURES
     slider = ipywidgets.FloatSlider(1.0, min=low, max=high, step=0.1)
@@ -82,8 +81,7 @@ def _asked(question) -> str:
     """A question as HTML, its two texts side by side."""
     if question is None:
         return "<b>All questions are answered.</b>"
-    words = question.prompt, question.left, question.right
-    prompt, *sides = map(html.escape, words)
+    prompt, *sides = map(html.escape, (question.prompt, question.left, question.right))
     style = "width:48%;border:1px solid #8a8a8a;padding:8px;text-align:left"
     cells = "".join(
         f'<td style="{style}"><b>{n}</b><br>{prompt}<b>{side}</b></td>'
