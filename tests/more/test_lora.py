@@ -1,7 +1,6 @@
 """Adapters by hand: nothing changes until they learn, and nothing but them learns."""
 
 import copy
-import dataclasses
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from more import lora
 from practice.cells import LOOP, import_cells
-from tests.small import EOS, PROMPTS, SETTINGS, collect, small_lm
+from tests.small import EOS, SETTINGS, collect, small_lm
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.runs import NOTEBOOKS
 
@@ -29,10 +28,10 @@ def gpt2(size=16, layers=2):
     return GPT2LMHeadModel(GPT2Config(**sizes, **SHARED)).eval()
 
 
-def llama(size=16, layers=2, groups=1):
+def llama(size=16, layers=2):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": size}
-    sizes |= {"intermediate_size": 3 * size // 2, "num_key_value_heads": groups}
+    sizes |= {"intermediate_size": 3 * size // 2, "num_key_value_heads": 1}
     config = LlamaConfig(**sizes, **SHARED, tie_word_embeddings=True)
     return LlamaForCausalLM(config).eval()
 
@@ -92,9 +91,6 @@ def test_fresh_it_changes_nothing_and_only_it_learns(model):
     assert off(logits(model), start) > 1e-2
     with lora.using(model, None):
         assert torch.equal(logits(model), start)
-    model.requires_grad_(False)
-    lora.add_adapter(model, "two", rank=2)  # the first one stays frozen
-    assert free(model) and all(".adapters.two." in key for key in free(model))
     torch.manual_seed(3)  # A is drawn as a linear layer is
     A = lora.Adapter(400, 5, 300, 1.0, torch.empty(0)).lora_A.weight
     assert A.abs().max() <= 0.05 and A.std().item() == pytest.approx(0.0289, rel=0.02)
@@ -236,8 +232,7 @@ def test_what_is_not_read_is_refused_in_a_sentence(spoil, says, tmp_path):
 ADDED = {
     "must be 1 or more, got 0": {"rank": 0},
     "no layer is called 'q'; take targets from c_attn, c_fc": {"targets": ["q"]},
-    "no layer is called 'attn'": {"targets": ["c_fc", "attn"]},
-    "no layer is called 'wte'": {"targets": ["wte"]},
+    "no layer is called 'wte'": {"targets": ["c_fc", "wte"]},
     "'a.b' is taken or has a dot": {"name": "a.b"},
     r"'one' is taken .*; take none of \['one'\]": {"name": "one"},
 }
@@ -317,27 +312,6 @@ def test_a_sick_start_is_named_and_a_healthy_one_is_not(infect, wrong):
     pairs = checks(*models, rollout, SETTINGS)
     assert all(word in said for word, (said, _) in zip(WORDS, pairs, strict=True))
     assert tuple(i for i, (_, good) in enumerate(pairs) if not good) == wrong
-
-
-def test_ppo_moves_only_the_adapter():
-    """By what notebook 8 trains, for a very small model."""
-    start, three = OneBase(), SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
-    settings = dataclasses.replace(SETTINGS, ppo_episodes=96)
-    eight = import_cells(NOTEBOOKS["8"], "fresh-adapter-run", names={"lesson3": three})
-    before = copy.deepcopy(start.lm.state_dict())
-    run = eight["fresh_adapter_run"](start.policy.lm, settings)
-    # The optimiser holds two matrices for each of eight layers, and the value head
-    groups = run.optimizer.optimizer.param_groups
-    held = {id(p) for group in groups for p in group["params"]}
-    trained = free(run.policy).values()
-    assert held == {id(p) for p in trained} and len(held) == 2 * 8 + 2
-    how = EOS, settings, three.ppo_advantages, three.ppo_update
-    three.train(run, start.reference, start.score, lambda step: PROMPTS * 8, *how)
-    after = start.lm.state_dict()
-    moved = {key for key, x in before.items() if not torch.equal(x, after[key])}
-    assert moved == {key for key in after if ".adapters.policy." in key}
-    # to the last bit: the fresh adapter is none
-    assert run.history[0]["kl"] == 0 != run.history[-1]["kl"]
 
 
 def test_nf4_has_the_published_levels_and_takes_the_nearest():
