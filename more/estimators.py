@@ -22,15 +22,10 @@ STD_FLOOR = 1e-4  # added to the spread of a group, so that equal scores divide 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:
     """Scores (B,) as (B / k, k); ValueError if that does not go."""
-    if group_size < 2:
+    if group_size < 2 or scores.ndim != 1 or len(scores) % group_size:
         raise ValueError(
-            f"a response is compared with others to its prompt, so group_size must be "
-            f"2 or more, got {group_size}"
-        )
-    if scores.ndim != 1 or len(scores) % group_size:
-        raise ValueError(
-            f"scores {tuple(scores.shape)} are not groups of {group_size}; sample "
-            f"group_size responses to each prompt, one group after the other"
+            f"scores {tuple(scores.shape)} are not groups of {group_size}; sample 2 or "
+            "more responses to each prompt, one group after the other"
         )
     return scores.view(-1, group_size)
 

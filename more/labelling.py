@@ -1,17 +1,14 @@
-"""A person at work: which of two texts is better? The logic, and a thin front for it.
+"""A person at work: which of two texts is better?
 
-The logic knows no widget: `Labeller` asks, takes an answer, and has it on disk before
-it asks again. `labelling_box` shows that with buttons and keys in a notebook.
+`Labeller` asks, takes an answer, and has it on disk before it asks again. It knows no
+widget: `labelling_box` in `widgets.py` shows it with buttons and keys.
 """
 
-import html
 import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import ipywidgets
 
 from more.preferences import append_pair, read_pairs, remove_pair
 
@@ -55,15 +52,6 @@ def make_questions(
     return questions
 
 
-def answer_of(left_utility: float, right_utility: float, rng: random.Random) -> str:
-    """What a labeller of Bradley–Terry type says: 1 with probability sigmoid(u1 - u2).
-
-    Bradley & Terry 1952. The utilities are in units of their own noise.
-    """
-    chance = 0.5 * (1 + math.tanh((left_utility - right_utility) / 2))
-    return "1" if rng.random() < chance else "2"
-
-
 class Labeller:
     """Asks its questions in order, and has each answer on disk before the next.
 
@@ -75,10 +63,7 @@ class Labeller:
 
     def __init__(self, questions: list[Question], path):
         path, ends = Path(path), {"pairs": "", "again": ".again", "skip": ".skipped"}
-        self.files = {
-            kind: path.with_name(f"{path.stem}{end}.jsonl")
-            for kind, end in ends.items()
-        }
+        self.files = {k: path.with_suffix(x + ".jsonl") for k, x in ends.items()}
         self.questions, self.faults, found = questions, [], {}
         for kind, file in self.files.items():
             pairs, faults = read_pairs(file) if file.exists() else ([], [])
@@ -114,29 +99,29 @@ class Labeller:
         if key not in KEYS:
             raise ValueError(f"an answer is 1, 2, s (skip) or u (undo), got {key!r}")
         if key == "u":
-            self._undo()
-        elif (question := self.question) is None:
+            return self._undo()
+        if (question := self.question) is None:
             raise ValueError(f"all {len(self.questions)} questions are answered")
-        else:
-            chosen, rejected = question.left, question.right
-            if key == "2":
-                chosen, rejected = rejected, chosen
-            kind = "skip" if key == "s" else "again" if question.again else "pairs"
-            pair = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-            append_pair(self.files[kind], pair)
-            self.answers[question.key] = None if key == "s" else chosen
+        chosen = {"1": question.left, "2": question.right}.get(key)
+        append_pair(*self._line(question, chosen))
+        self.answers[question.key] = chosen
 
     def _undo(self):
         if not self.answers:
             raise ValueError("there is no answer to undo; answer 1, 2 or s first")
         key, chosen = next(reversed(self.answers.items()))
         question = next(q for q in self.questions if q.key == key)
-        kind = "skip" if chosen is None else "again" if question.again else "pairs"
-        chosen = question.left if chosen is None else chosen
-        rejected = question.right if chosen == question.left else question.left
-        pair = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-        remove_pair(self.files[kind], pair)
+        remove_pair(*self._line(question, chosen))
         del self.answers[key]
+
+    def _line(self, question, chosen) -> tuple[Path, dict[str, str]]:
+        """Where an answer is written, and as what pair; None is a skip."""
+        kind = "skip" if chosen is None else "again" if question.again else "pairs"
+        texts = [question.left, question.right]
+        if chosen == question.right:
+            texts.reverse()
+        pair = {"prompt": question.prompt, "chosen": texts[0], "rejected": texts[1]}
+        return self.files[kind], pair
 
     def report(self) -> dict[str, float]:
         """How the labeller does, as figures.
@@ -162,67 +147,11 @@ class Labeller:
 
 def describe(report: dict[str, float]) -> str:
     """A labeller's report as a sentence or two."""
-    said = f"{report['answered']} answers, {report['skipped']} skipped"
+    said = "{answered} answers, {skipped} skipped"
     if report["answered"]:
-        said += f"; the left one in {report['left']:.0%}"
+        said += "; the left one in {left:.0%}"
     if report["repeated"]:
         said += (
-            f"; of {report['repeated']} asked twice, the same one was chosen in "
-            f"{report['consistent']:.0%}"
+            "; of {repeated} asked twice, the same one was chosen in {consistent:.0%}"
         )
-    return said
-
-
-def labelling_box(labeller: Labeller) -> ipywidgets.Widget:
-    """A widget that puts the labeller's questions: two texts, buttons, keys, progress.
-
-    With ipywidgets 7.7 or newer, which `jupyter` and Colab bring. For the keys, click
-    into the field below the buttons; it takes 1, 2, s and u.
-    """
-    total, wide = len(labeller.questions), {"width": "98%"}
-    texts, status = ipywidgets.HTML(layout=wide), ipywidgets.HTML()
-    bar = ipywidgets.IntProgress(max=total, layout=wide)
-    names = ("1: the left", "2: the right", "s: skip", "u: undo")
-    buttons = [ipywidgets.Button(description=name) for name in names]
-    field = ipywidgets.Text(placeholder="click here for the keys 1, 2, s, u")
-
-    def show(said=""):
-        if question := labeller.question:
-            asked = question.prompt, question.left, question.right
-            prompt, *sides = map(html.escape, asked)
-            cells = "".join(
-                '<td style="width:48%;border:1px solid #8a8a8a;padding:8px;'
-                f'text-align:left"><b>{n}</b><br>{prompt}<b>{side}</b></td>'
-                for n, side in enumerate(sides, start=1)
-            )
-            texts.value = (
-                f"Which goes on better? <i>{prompt} …</i>"
-                f'<table style="width:100%"><tr>{cells}</tr></table>'
-            )
-        else:
-            texts.value = "<b>All questions are answered.</b>"
-        bar.value = labeller.done
-        so_far = f"{labeller.done} of {total}: {describe(labeller.report())}"
-        status.value = html.escape(said or so_far)
-        for button in buttons[:3]:
-            button.disabled = question is None
-
-    def take(keys):
-        said = ""
-        for key in keys.strip().lower():
-            try:
-                labeller.answer(key)
-            except ValueError as error:
-                said = str(error)
-        show(said)
-
-    def typed(change):
-        if change["new"]:
-            field.value = ""
-            take(change["new"])
-
-    for button, key in zip(buttons, KEYS, strict=True):
-        button.on_click(lambda _, key=key: take(key))
-    field.observe(typed, names="value")
-    show()
-    return ipywidgets.VBox([texts, ipywidgets.HBox(buttons), field, bar, status])
+    return said.format(**report)

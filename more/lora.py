@@ -11,7 +11,7 @@ adapters by name, of which one or none is on. The files are those of PEFT.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +21,9 @@ from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's layer; its weight is (in, out)
 
 from utils.data import loading
-from utils.ppo import token_logprobs
-from utils.rollout import in_pieces
-from utils.training import autocast
 
 PREFIX = "base_model.model."  # of every key in PEFT's file
 # Of PEFT's configuration: what is read, says no more than the tensors do, or matters
@@ -71,11 +69,6 @@ class AdaptedLayer(nn.Module):
         return out + self.adapters[self.on](x).to(out.dtype)
 
 
-def _stores_transposed(layer) -> bool:
-    """`Conv1D` has its weight as (in, out), `nn.Linear` as (out, in)."""
-    return type(layer).__name__ == "Conv1D"
-
-
 def adapted_layer(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> nn.Module:
     """A layer W x that gives W x + (alpha / r) B A x, for A (r, in) and B (out, r).
 
@@ -99,16 +92,15 @@ def merged_weight(layer: nn.Module, A: Tensor, B: Tensor, alpha: float) -> Tenso
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
         update = alpha / len(A) * (B.to(dtype) @ A.to(dtype))
-    if _stores_transposed(layer):
+    if isinstance(layer, Conv1D):
         update = update.t()
     return (weight.to(dtype) + update).to(weight.dtype)
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, be it `nn.Linear` or GPT-2's `Conv1D`."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return tuple(layer.weight.shape)
+    size_in, size_out = layer.weight.shape
+    return (size_in, size_out) if isinstance(layer, Conv1D) else (size_out, size_in)
 
 
 def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
@@ -116,7 +108,7 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
     return {
         name.removesuffix(".base"): layer
         for name, layer in lm.named_modules()
-        if (isinstance(layer, nn.Linear) or _stores_transposed(layer))
+        if isinstance(layer, nn.Linear | Conv1D)
         and layer is not lm.get_output_embeddings()
         and ".adapters." not in name
     }
@@ -127,11 +119,7 @@ def _adapted(model) -> dict[str, AdaptedLayer]:
 
 
 def add_adapter(
-    model: nn.Module,
-    name: str,
-    rank: int = 8,
-    alpha: float = 16,
-    targets: Iterable[str] | None = None,
+    model: nn.Module, name: str, rank: int = 8, alpha: float = 16, targets=None
 ) -> nn.Module:
     """Freeze the model, and put a fresh adapter beside its linear layers; it is on.
 
@@ -145,10 +133,8 @@ def add_adapter(
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
     if not name or "." in name or name in adapter_names(model):
-        raise ValueError(
-            f"an adapter cannot be called {name!r}; take a name without dots that is "
-            f"none of {adapter_names(model)}"
-        )
+        taken = adapter_names(model)
+        raise ValueError(f"{name!r} is taken or has a dot; take none of {taken}")
     layers = linear_layers(model)
     targets = layers if targets is None else targets
     ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}
@@ -231,61 +217,10 @@ def sharing(model: nn.Module, name: str | None) -> nn.Module:
     return twin
 
 
-def read_one_base(
-    states: Callable,
-    labels: Tensor,
-    vocabulary: Tensor,
-    value_head: Callable,
-    reward_head: Callable,
-) -> dict[str, Tensor]:
-    """What PPO reads of texts from one base, each number under its own adapter.
-
-    `states(name)` (B, T, d) are the hidden states that predict `labels` (B, T), under
-    the adapter `name`, or with all of them off for None; `vocabulary` (V, d). Returns
-    logprobs and values, under the adapter "policy"; ref_logprobs, with all off; and
-    scores (B,), read at the last state, under the adapter "reward".
-    """
-    policy, base, reward = states("policy"), states(None), states("reward")
-    return {
-        "logprobs": token_logprobs(policy @ vocabulary.t(), labels),
-        "values": value_head(policy),
-        "ref_logprobs": token_logprobs(base @ vocabulary.t(), labels),
-        "scores": reward_head(reward[:, -1]),
-    }
-
-
-@torch.no_grad()
-def adapter_checks(policy, reference, reward_model, rollout, settings) -> list:
-    """What PPO takes for granted of a policy that is an adapter, for `check_all`.
-
-    Pairs of a sentence and whether it is so. `rollout` is a first one of the untrained
-    policy, whose fresh adapter is nothing yet: a reference that is not the base shows
-    as a KL.
-    """
-    models = policy, reference, reward_model
-    on, judges_on = (
-        {layer.on for layer in _adapted(model).values()} - {None}
-        for model in (policy.lm, reward_model.trunk)
-    )
-    trained = [f".{k}" for k, p in policy.lm.named_parameters() if p.requires_grad]
-    trained = {key.partition(".adapters.")[2].split(".")[0] for key in trained}
-    base = {p.data_ptr() for p in policy.lm.parameters()}
-    own = judges_on or not any(p.data_ptr() in base for p in reward_model.parameters())
-    texts = rollout.input_ids, rollout.attention_mask
-    with autocast(settings, rollout.mask.device):
-        again = in_pieces(reward_model, settings.ppo_micro_batch_size, *texts)
-    # Another adapter changes a logit far more than half precision does
-    off = (again - rollout.raw_scores).abs().max() / again.abs().max().clamp(min=1)
-    training = any(part.training for model in models for part in model.modules())
-    loose = any(p.requires_grad for model in models[1:] for p in model.parameters())
-    no_kl = torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
-    return [
-        ("dropout is off in all models", not training),
-        ("reference and reward model hold nothing that is trained", not loose),
-        ("of the policy one adapter is trained, which is on", trained == on != set()),
-        ("the KL to the reference, which is the base, is 0, exactly", no_kl),
-        ("scores are read under the reward model's own adapter", own and off <= 1e-2),
-    ]
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What these tensors take, each piece of memory counted once."""
+    pieces = [x.untyped_storage() for x in tensors]
+    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
 
 
 @torch.no_grad()
@@ -319,7 +254,7 @@ def save_adapter(model: nn.Module, name: str, folder):
         r=one.adapters[name].rank,
         lora_alpha=one.adapters[name].scale * one.adapters[name].rank,
         target_modules=list(layers),
-        fan_in_fan_out=_stores_transposed(one.base),
+        fan_in_fan_out=isinstance(one.base, Conv1D),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config._name_or_path,
     ).save_pretrained(folder)
@@ -335,8 +270,7 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
     """Add an adapter from files of PEFT; it is on. Returns the model.
 
     Raises OSError if they cannot be read, and ValueError if the adapter is not PEFT's
-    plain LoRA, lacks a matrix, or has sizes that neither its configuration nor this
-    model has.
+    plain LoRA, or if its matrices are not those of its rank and this model.
     """
     with loading("adapter", folder):
         config = json.loads((Path(folder) / CONFIG).read_text("utf8"))
@@ -347,64 +281,27 @@ def load_adapter(model: nn.Module, name: str, folder) -> nn.Module:
         raise ValueError(
             f"{folder} has parts that are not read here, {unread}; merge it with PEFT"
         )
-    rank, alpha, shapes = config["r"], config["lora_alpha"], {}
+    rank, alpha = config["r"], config["lora_alpha"]
     if config.get("use_rslora"):  # s = alpha / sqrt(r): arXiv 2312.03732
         alpha *= math.sqrt(rank)
-    for path, layer in linear_layers(model).items():
-        size_in, size_out = sizes(layer)
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, size_in)
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = (size_out, rank)
-    for key, tensor in tensors.items():
-        if (shape := tuple(tensor.shape)) != shapes.get(key):
-            raise ValueError(
-                f"the adapter in {folder} has {key} of {shape}, where its rank and "
-                f"this model give {shapes.get(key, 'no layer')}; take the base model "
-                "and the configuration that it was saved with"
-            )
     targets = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    both = {f"{PREFIX}{path}.lora_{x}.weight" for path in targets for x in "AB"}
-    if lacking := sorted(both - tensors.keys()):
-        raise ValueError(f"the adapter in {folder} lacks {lacking[0]}; save it anew")
+    there, wanted = {key: tuple(x.shape) for key, x in tensors.items()}, {}
+    layers = linear_layers(model)
+    for path in targets & layers.keys():
+        size_in, size_out = sizes(layers[path])
+        wanted[f"{PREFIX}{path}.lora_A.weight"] = rank, size_in
+        wanted[f"{PREFIX}{path}.lora_B.weight"] = size_out, rank
+    for key in sorted({*there, *wanted}):
+        found, right = there.get(key, "none"), wanted.get(key, "no layer")
+        if found != right:
+            raise ValueError(
+                f"{folder} has {key} of {found}, where its rank and this model give "
+                f"{right}; take the base model and the configuration of its training"
+            )
     add_adapter(model, name, rank, alpha, sorted(targets))
-    for path in targets:
-        parts = model.get_submodule(path).adapters[name]
-        parts.load_state_dict(
-            {part: tensors[f"{PREFIX}{path}.{part}"] for part in parts.state_dict()}
-        )
+    ours = f".adapters.{name}.lora_"
+    model.load_state_dict(
+        {k.removeprefix(PREFIX).replace(".lora_", ours): x for k, x in tensors.items()},
+        strict=False,
+    )
     return model
-
-
-def nf4_levels() -> Tensor:
-    """The 16 numbers of NF4, from -1 to 1, in order (arXiv 2305.14314, appendix E).
-
-    Quantiles of a normal distribution, seven below 0 and eight above it, so that each
-    is used about as often; divided by the largest.
-    """
-    most = 0.9677083  # the probability below the largest: as in bitsandbytes
-    above = torch.special.ndtri(torch.linspace(most, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(most, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
-    return (levels.sort().values / above.max()).float()
-
-
-def to_nf4(x: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Numbers as 4 bits each: codes 0 to 15 in the shape of x, and a scale per block.
-
-    Of `block` numbers in a row the largest in size is their scale; each is divided by
-    it, and the nearest of `nf4_levels` is its code. Raises ValueError if the blocks do
-    not come out even.
-    """
-    if x.numel() % block:
-        raise ValueError(f"{x.numel()} numbers are no whole blocks of {block}")
-    rows = x.detach().float().reshape(-1, block)
-    scales = rows.abs().amax(dim=1)
-    levels = nf4_levels().to(x.device)
-    middles = (levels[1:] + levels[:-1]) / 2  # nearer to the one above from here on
-    codes = torch.bucketize(rows / scales.clamp(min=1e-12)[:, None], middles)
-    return codes.view(x.shape), scales
-
-
-def from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
-    """The numbers that codes and scales of `to_nf4` stand for."""
-    rows = nf4_levels().to(scales)[codes].reshape(len(scales), -1)
-    return (rows * scales[:, None]).view(codes.shape)

@@ -8,6 +8,7 @@ from more.common import interval_95
 from utils.plots import BLUE, GREEN, GREY, RED, smooth, subplots
 
 PURPLE = "#8558a8"
+COLOURS = (GREY, GREEN, RED, BLUE)
 
 
 def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor]):
@@ -26,34 +27,31 @@ def plot_moments(estimators: dict[str, tuple[float, float, float]]):
 
     By name: the bias relative to the gradient, its angle in degrees, the variance.
     """
-    size = 9.6, 0.3 * len(estimators) + 0.8
-    figure, axes = subplots(plot_moments, 1, 3, size)
+    figure, axes = subplots(plot_moments, 1, 3, (9.6, 0.3 * len(estimators) + 0.8))
     titles = ("bias, relative", "angle to the gradient", "variance, scaled")
     units = ("share of the gradient's length", "degrees", "squared length")
-    table = pd.DataFrame(estimators, titles).T
+    table = pd.DataFrame(estimators, titles).T.iloc[::-1]
     table.plot.barh(subplots=True, ax=axes, color=(RED, RED, BLUE), legend=False)
     for axis, unit in zip(axes, units, strict=True):
         axis.set_xlabel(unit)
         axis.label_outer()
-    axes[0].invert_yaxis()
     return figure
 
 
 def plot_race(curves: dict[str, dict[str, list[list[float]]]]):
     """Score and KL of each estimator over the rollouts: mean and 95 % interval.
 
-    By estimator, of which there are four at most, and figure: a curve for each seed.
+    By estimator, of which there are four, and figure: a curve for each seed.
     """
-    figures = {"score": "normalised score", "kl": "nats per response"}
-    figure, axes = subplots(plot_race, 1, len(figures), (9, 3.2))
-    for axis, (key, unit) in zip(axes, figures.items(), strict=True):
-        colours = (GREY, GREEN, RED, BLUE)[-len(curves) :]
-        for (name, found), colour in zip(curves.items(), colours, strict=True):
+    figure, axes = subplots(plot_race, 1, 2, (9, 3.2))
+    units = {"score": "normalised score", "kl": "nats per response"}
+    for axis, key in zip(axes, units, strict=True):
+        for (name, found), colour in zip(curves.items(), COLOURS, strict=True):
             mean, half = interval_95(torch.tensor(found[key]))
             axis.plot(mean, color=colour, label=name)
             edges = (mean - half, mean + half)
             axis.fill_between(range(len(mean)), *edges, color=colour, alpha=0.2)
-        axis.set(title=key, xlabel="rollout", ylabel=unit)
+        axis.set(title=key, xlabel="rollout", ylabel=units[key])
     axes[1].set_ylim(bottom=0)  # where a symmetrical interval goes on
     axes[0].legend(frameon=False)
     return figure
@@ -72,9 +70,8 @@ def plot_learning_curve(
     axis.plot(sizes, runs.t(), ".", color=GREY)
     bars = {"fmt": "o-", "capsize": 4, "color": BLUE, "label": "learnt from pairs"}
     axis.errorbar(sizes, *interval_95(runs), **bars)
-    lines = {"the best any model can": (ceiling, "k"), "a coin": ([0.5], GREY)}
-    lines["learnt from labels"] = (labels, RED)
-    for name, (values, colour) in lines.items():
+    lines = ("the best any model can", ceiling, "k"), ("a coin", [0.5], GREY)
+    for name, values, colour in (*lines, ("learnt from labels", labels, RED)):
         height = sum(values) / len(values)
         axis.axhline(height, color=colour, linestyle="--", linewidth=1, label=name)
     axis.set(xscale="log", xlabel="pairs", ylabel="agreement")
@@ -91,23 +88,20 @@ def plot_dpo(history: list[dict], beta: float):
     of them a `kl`. Smoothed; a log-ratio is an implicit reward divided by beta.
     """
     figure, axes = subplots(plot_dpo, 1, 4, (12.4, 2.8))
-    for axis, key, name, colour, scale in (
-        (axes[0], "accuracy", None, BLUE, 1),
-        (axes[1], "margin", None, BLUE, 1),
-        (axes[2], "chosen_reward", "chosen", BLUE, 1 / beta),
-        (axes[2], "rejected_reward", "rejected", RED, 1 / beta),
-    ):
-        axis.plot(smooth([scale * x[key] for x in history]), color=colour, label=name)
-    axes[0].set(title="implicit accuracy", ylabel="share of the pairs")
-    axes[1].set(title="margin", ylabel="labeller's units")
+    table = pd.DataFrame(history, range(1, len(history) + 1))
+    kl = pd.concat([pd.Series([0.0]), table.pop("kl").dropna()])
+    steps = table.apply(smooth)
+    steps["accuracy"].plot(ax=axes[0], color=BLUE, title="implicit accuracy")
+    steps["margin"].plot(ax=axes[1], color=BLUE, title="margin")
+    ratios = steps[["chosen_reward", "rejected_reward"]] / beta
+    ratios.columns = "chosen", "rejected"
+    ratios.plot(ax=axes[2], color=[BLUE, RED], title="log π − log π_ref")
     axes[2].axhline(0, color="k", linewidth=0.5)
-    axes[2].set(title="log π − log π_ref", ylabel="nats per response")
     axes[2].legend(frameon=False)
-    measured = [(step, row["kl"]) for step, row in enumerate(history) if "kl" in row]
-    axes[3].plot(*zip((0, 0.0), *measured, strict=True), "o-", color=BLUE)
-    axes[3].set(title="KL of samples", ylabel="nats per response", ylim=(0, None))
-    for axis in axes:
-        axis.set_xlabel("step")
+    kl.plot(ax=axes[3], style="o-", color=BLUE, title="KL of samples", ylim=(0, None))
+    units = ("share of the pairs", "labeller's units", *["nats per response"] * 2)
+    for axis, unit in zip(axes, units, strict=True):
+        axis.set(xlabel="step", ylabel=unit)
     return figure
 
 
@@ -117,9 +111,9 @@ def plot_ranks(shares: dict[str, torch.Tensor], enough: float = 0.9):
     By name: the shares of the first, the first two, ... singular values, squared.
     """
     figure, axis = subplots(plot_ranks, 1, 1, (6, 3.2))
-    colours = dict(zip(shares, (BLUE, RED, GREEN, GREY), strict=False))
-    for name, share in shares.items():
-        axis.plot(range(1, len(share) + 1), share, color=colours[name], label=name)
+    table = pd.DataFrame({name: pd.Series(x.tolist()) for name, x in shares.items()})
+    table.index += 1
+    table.plot(ax=axis, color=(BLUE, RED, GREEN, GREY))
     axis.axhline(enough, color="k", linestyle="--", linewidth=1)
     axis.annotate(f"{enough:.0%}", (1, enough + 0.015))
     axis.set(xlabel="rank", ylabel="share of the update", ylim=(0, 1.05))
@@ -153,49 +147,36 @@ def plot_frontier(points: dict[str, list[dict]]):
     of one point is a star, and the best possible a dashed line.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
-    size = 4.2 * len(judges), 3.8
-    figure, axes = subplots(plot_frontier, 1, len(judges), size, sharey=True)
-    # By way also where its labels stand, so that two ways that cross can be read
-    styles = iter([(BLUE, "o-", (0, 9)), (RED, "s-", (0, -9)), (GREEN, "^-", (10, -3))])
-    drawn = {}
+    n = len(judges)
+    figure, axes = subplots(plot_frontier, 1, n, (4.2 * n, 3.8), sharey=True)
+    styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
+    # Where the labels stand, so that two ways that cross can be read
+    places = {BLUE: (0, 9), RED: (0, -9), GREEN: (10, -3), PURPLE: (11, 0)}
+    places |= {GREY: (-8, 9), "black": (9, 7)}
+    halo = [withStroke(linewidth=3, foreground="white")]
     for way, line in points.items():
         if way.startswith("best possible"):
-            drawn[way] = (GREY, "d--", (-8, 9))
-        elif len(line) == 1:
-            drawn[way] = ("black", "*", (9, 7))
+            colour, style = GREY, "d--"
         else:
-            drawn[way] = next(styles, (PURPLE, "v-", (11, 0)))
-    for axis, judge in zip(axes, judges, strict=True):
-        for way, (colour, style, offset) in drawn.items():
-            line = sorted(points[way], key=lambda point: point["kl"])
-            x, y = [one["kl"] for one in line], [one["shares"][judge] for one in line]
+            colour, style = ("black", "*") if len(line) == 1 else next(styles)
+        table = pd.json_normalize(sorted(line, key=lambda point: point["kl"]))
+        for axis, judge in zip(axes, judges, strict=True):
+            x, y = table["kl"], table[f"shares.{judge}"]
             axis.plot(x, y, style, markersize=7, color=colour, label=way)
-            for i, (place, *at) in enumerate(zip(line, x, y, strict=True)):
-                options = {"textcoords": "offset points", "ha": "center"}
-                options |= {"va": "center", "fontsize": 8, "color": colour}
+            if "kl_95" in table:
+                half = table[f"shares_95.{judge}"], table["kl_95"]
+                how = {"ecolor": colour, "elinewidth": 1, "alpha": 0.5}
+                axis.errorbar(x, y, *half, fmt="none", **how)
+            for i, at in enumerate(zip(table["label"], x, y, strict=True)):
+                how = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                how |= {"textcoords": "offset points", "path_effects": halo}
                 # Those of the best possible lie close together
-                here = [(1 + i % 2 * (colour == GREY)) * shift for shift in offset]
-                text = axis.annotate(place["label"], at, here, **options)
-                text.set_path_effects([withStroke(linewidth=3, foreground="white")])
-        axis.margins(x=0.1, y=0.12)
-        limits = axis.get_xlim()  # of the points: an interval may be longer than it
-        for way, (colour, *_) in drawn.items():
-            for one in (point for point in points[way] if "kl_95" in point):
-                at, bars = (one["kl"], one["shares"][judge]), {"ecolor": colour}
-                half = one["shares_95"][judge], one["kl_95"]
-                axis.errorbar(*at, *half, fmt="none", elinewidth=1, alpha=0.5, **bars)
-        axis.set(title=judge, xlabel="KL to the SFT model [nats]", xlim=limits)
+                shift = [(1 + i % 2 * (colour == GREY)) * z for z in places[colour]]
+                axis.annotate(at[0], at[1:], shift, **how)
+    most = max(point["kl"] for line in points.values() for point in line)
+    for axis, judge in zip(axes, judges, strict=True):
+        axis.set(title=judge, xlabel="KL to the SFT model [nats]")
+        axis.set_xlim(-0.1 * most, 1.1 * most)  # an interval may be longer
     axes[0].set_ylabel("share judged positive")
     axes[1].legend(frameon=False, loc="lower right")
-    return figure
-
-
-def plot_steered(tokens: list[str], ratios: list[float]):
-    """The tokens that PPO has made likelier (blue) and less likely (red), as bars."""
-    figure, axis = subplots(plot_steered, 1, 1, (6, 0.22 * len(tokens) + 0.7))
-    colours = [BLUE if ratio > 0 else RED for ratio in ratios]
-    axis.barh(range(len(tokens)), ratios, color=colours)
-    axis.set_yticks(range(len(tokens)), tokens)
-    axis.axvline(0, color="k", linewidth=0.5)
-    axis.set_xlabel("mean of log π − log π_ref [nats]")
     return figure

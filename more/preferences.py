@@ -11,8 +11,6 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 
 import json
 import os
-import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,15 +36,9 @@ def bradley_terry_loss(
     ValueError if the shapes disagree.
     """
     check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    difference = chosen_scores - rejected_scores
-    return -F.logsigmoid(difference).mean(), _wins(difference.detach())
-
-
-def _wins(difference: Tensor) -> dict[str, Tensor]:
-    return {
-        "accuracy": (difference > 0).to(difference.dtype).mean(),
-        "margin": difference.mean(),
-    }
+    gap = chosen_scores - rejected_scores
+    stats = {"accuracy": (gap > 0).to(gap.dtype).mean(), "margin": gap.detach().mean()}
+    return -F.logsigmoid(gap).mean(), stats
 
 
 def dpo_loss(
@@ -86,30 +78,38 @@ def dpo_loss(
     )
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must be from 0 to below 0.5, got {label_smoothing}"
-        )
     if kind not in ("sigmoid", "ipo"):
         raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
-    if kind == "ipo" and label_smoothing:
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind == "ipo"):
         raise ValueError(
-            f"ipo knows no label_smoothing, got {label_smoothing}; set it to 0"
+            "label_smoothing must be from 0 to below 0.5, and 0 for ipo, got "
+            f"{label_smoothing}"
         )
     chosen = chosen_logprobs - ref_chosen_logprobs.detach()
     rejected = rejected_logprobs - ref_rejected_logprobs.detach()
     difference = chosen - rejected
+    # Bradley-Terry, with implicit rewards for scores: only their difference counts
+    scores = beta * difference, torch.zeros_like(difference)
+    loss, wins = bradley_terry_loss(*scores)
     if kind == "ipo":
-        losses = (difference - 1 / (2 * beta)) ** 2
-    else:
-        right, wrong = (F.logsigmoid(sign * beta * difference) for sign in (1, -1))
-        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    stats = {
-        "chosen_reward": beta * chosen.detach().mean(),
-        "rejected_reward": beta * rejected.detach().mean(),
-        **_wins(beta * difference.detach()),
-    }
-    return losses.mean(), stats
+        loss = ((difference - 1 / (2 * beta)) ** 2).mean()
+    elif label_smoothing:
+        turned, _ = bradley_terry_loss(*reversed(scores))
+        loss = (1 - label_smoothing) * loss + label_smoothing * turned
+    stats = {"chosen_reward": chosen, "rejected_reward": rejected}
+    return loss, {k: beta * x.detach().mean() for k, x in stats.items()} | wins
+
+
+def check_pair(pair):
+    """Raise ValueError, saying what is wrong, unless it has two texts to a prompt."""
+    if not isinstance(pair, dict):
+        raise ValueError("this is no object with prompt, chosen and rejected")
+    for name in FIELDS:
+        if not isinstance(pair.get(name), str) or not pair[name].strip():
+            raise ValueError(f"there is no text {name!r}")
+        pair[name].encode()  # an error for half a letter, which json lets through
+    if pair["chosen"] == pair["rejected"]:
+        raise ValueError("chosen and rejected are the same text")
 
 
 def _line(pair: dict[str, str]) -> bytes:
@@ -118,36 +118,27 @@ def _line(pair: dict[str, str]) -> bytes:
     return line.encode() + b"\n"
 
 
-def _torn(content: bytes) -> int:
-    """How many bytes at the end of a file are a line that a kill has cut off."""
-    (last,) = content.splitlines(keepends=True)[-1:] or [b"\n"]
-    if last.endswith((b"\n", b"\r")):
-        return 0
-    try:
-        json.loads(last)
-    except ValueError:
-        return len(last)
-    return 0
+def _write(path: Path, content: bytes):
+    """Write a file as a whole, on the disk when this returns: a kill leaves the old."""
+    beside = path.with_suffix(".unfinished")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def append_pair(path, pair: dict[str, str]):
     """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
-    A last line that a kill has cut off is taken away first. Raises ValueError if the
-    pair lacks a text, or if nothing was preferred.
+    All other lines stay as they are. Raises ValueError as `check_pair` does.
     """
-    if fault := _fault(pair):
-        raise ValueError(f"this pair {fault}: {pair}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        whole = content[: len(content) - _torn(content)]
-        file.truncate(len(whole))
-        ended = not whole or whole.endswith((b"\n", b"\r"))
-        file.write((b"" if ended else b"\n") + _line(pair))
-        file.flush()
-        os.fsync(file.fileno())
+    check_pair(pair)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    ended = not content or content.endswith((b"\n", b"\r"))
+    _write(path, content + (b"" if ended else b"\n") + _line(pair))
 
 
 def remove_pair(path, pair: dict[str, str]):
@@ -155,112 +146,41 @@ def remove_pair(path, pair: dict[str, str]):
 
     Raises ValueError if there is none.
     """
-    path = Path(path)
-    before, line, after = path.read_bytes().rpartition(_line(pair))
+    before, line, after = Path(path).read_bytes().rpartition(_line(pair))
     if not line:
         raise ValueError(f"{path} does not hold this answer any more: {pair}")
-    beside = path.with_suffix(".unfinished")
-    beside.write_bytes(before + after)
-    os.replace(beside, path)
+    _write(Path(path), before + after)
 
 
 def read_pairs(
-    *paths, check: Callable[[dict], str] | None = None
+    *paths, check: Callable[[dict], object] = lambda pair: None
 ) -> tuple[list[dict[str, str]], list[str]]:
     """The pairs of files of JSON Lines, and what is wrong with their other lines.
 
     Each line is an object with `prompt`, `chosen` and `rejected`; prompt and response
     one after the other are the text. What is wrong is a sentence that begins with the
-    file and the number of the line; `check` may find more: it returns how the sentence
-    goes on, or nothing. Of two lines with the same texts that say the opposite, the
-    first counts. A last line that a kill has cut off counts as not written. Raises
+    file and the number of the line; `check` may find more, and raises ValueError. Of
+    two lines with the same texts that say the opposite, the first counts. Raises
     FileNotFoundError if a file is not there.
     """
     pairs, faults, seen = [], [], {}
     for path in paths:
         if not Path(path).exists():
-            raise FileNotFoundError(
-                f"there is no file {path} of pairs yet; label some first"
-            )
-        content = Path(path).read_bytes()
-        lines = content[: len(content) - _torn(content)].splitlines()
-        for number, line in enumerate(lines, 1):
+            raise FileNotFoundError(f"no file {path} of pairs yet; label some first")
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             place = f"{path}, line {number}"
             try:
-                pair = json.loads(line)
-                fault = _fault(pair) or (check(pair) if check else "")
-            except ValueError:  # no JSON, or no UTF-8
-                fault = "is no JSON"
-            if not fault:
+                check_pair(pair := json.loads(line))
+                check(pair)
                 pair = {name: pair[name] for name in FIELDS}
                 key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
                 chosen, first = seen.setdefault(key, (pair["chosen"], place))
                 if chosen != pair["chosen"]:
-                    fault = f"prefers the text that {first} rejects"
-            if fault:
-                faults.append(f"{place} {fault}")
-            else:
+                    raise ValueError(f"it prefers the text that {first} rejects")
                 pairs.append(pair)
+            except ValueError as error:  # of JSON or UTF-8, too
+                faults.append(f"{place}: {error}")
     return pairs, faults
-
-
-def agreement_with_labeller(utilities: Tensor, scores: Tensor) -> tuple[float, float]:
-    """How often scores agree with fresh answers of a labeller of known utilities.
-
-    `utilities` (N, 2) are the labeller's of both texts of N pairs, in units of its
-    noise, `scores` (N, 2) those of the model that guesses. Returns the expected share
-    of agreement, without sampling an answer, and the most that any model can have:
-
-        agreement = mean sigmoid(+-(u_1 - u_2)), + where the first has the higher score
-        ceiling = mean sigmoid(|u_1 - u_2|)
-
-    Where the scores are equal the guess is a coin's. Raises ValueError if the shapes
-    disagree.
-    """
-    check_shapes(utilities=utilities, scores=scores)
-    gap = utilities[:, 0] - utilities[:, 1]
-    guess = (scores[:, 0] - scores[:, 1]).sign().to(gap)
-    ceiling = torch.sigmoid(gap.abs()).mean()
-    return torch.sigmoid(gap * guess).mean().item(), ceiling.item()
-
-
-def split_by_prompt(
-    pairs: list[dict[str, str]], share: float, seed: int = 0
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Pairs to learn from, and pairs of a share of the prompts to measure on.
-
-    No prompt is in both: pairs of one prompt share texts, and a model that remembers
-    those would look better than it is (arXiv 2203.02155). Raises ValueError if one of
-    the two would be empty.
-    """
-    prompts = sorted({pair["prompt"] for pair in pairs})
-    random.Random(seed).shuffle(prompts)
-    held_out = set(prompts[: round(share * len(prompts))])
-    if not 0 < len(held_out) < len(prompts):
-        raise ValueError(
-            f"a share of {share:.2g} of {len(prompts)} prompts leaves nothing on one "
-            "side; label pairs of more prompts, or change the share"
-        )
-    parts = [], []
-    for pair in pairs:
-        parts[pair["prompt"] in held_out].append(pair)
-    return parts
-
-
-def _fault(pair) -> str:
-    """What is wrong with a pair, as it goes on after its name, or nothing."""
-    if not isinstance(pair, dict):
-        return "is no object with prompt, chosen and rejected"
-    for name in FIELDS:
-        if not isinstance(pair.get(name), str):
-            return f"has no text {name!r}"
-        if not pair[name].strip():
-            return f"has an empty {name!r}"
-        if re.search(r"[\ud800-\udfff]", pair[name]):
-            return f"has half a letter in {name!r}"
-    if pair["chosen"] == pair["rejected"]:
-        return "has the same text as chosen and as rejected"
-    return ""
 
 
 def pair_tokens(
@@ -280,27 +200,14 @@ def pair_tokens(
         response = text[len(prompt) :]
         if text[: len(prompt)] != prompt or not response:
             raise ValueError(
-                f"has a prompt that is cut within a token of prompt + {name}: "
+                f"the prompt is cut within a token of prompt + {name}: "
                 f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
             )
         if tokenizer.eos_token_id in response:
-            raise ValueError(f"holds the EOS token {tokenizer.eos_token!r} in {name!r}")
+            raise ValueError(f"{name} holds the EOS token {tokenizer.eos_token!r}")
         if len(text) >= max_tokens:
             raise ValueError(
-                f"has {len(text) + 1} tokens in prompt + {name}, more than {max_tokens}"
+                f"prompt + {name} have {len(text) + 1} tokens, more than {max_tokens}"
             )
         responses.append([*response, tokenizer.eos_token_id])
     return prompt, *responses
-
-
-def pair_check(tokenizer, max_tokens: int):
-    """A `check` for `read_pairs`: what `pair_tokens` has against a pair, or nothing."""
-
-    def check(pair):
-        try:
-            pair_tokens(pair, tokenizer, max_tokens)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    return check

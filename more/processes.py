@@ -11,12 +11,10 @@ tokens would count too much. Li et al. 2020, "PyTorch Distributed" (arXiv 2006.1
 """
 
 import argparse
-import contextlib
 import ctypes
 import os
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
@@ -25,15 +23,11 @@ from accelerate.utils import pad_across_processes as pad
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from more.common import SERIES
-from practice.cells import import_cells
+from more.common import notebook_3
 from utils import runs
 from utils.__main__ import parse
 from utils.evaluation import expected, figures_table
 from utils.rollout import Rollout
-
-# What notebook 3 does before its loop; at last it looks whether PPO can learn
-CELLS = (*SERIES, "start", "preflight", "preflight-learn")
 
 
 def collect_together(
@@ -87,10 +81,8 @@ def train_together(settings):
     changes = {**settings.changes, "runs_dir": settings.runs_dir}
     settings, device = runs.prepare("policy", settings.preset, changes)
     state = PartialState(cpu=device.type == "cpu")
-    names = {"settings": settings, "device": device}
-    with contextlib.redirect_stdout(None):  # tqdm, and nothing else, goes on to stderr
-        found = import_cells(runs.NOTEBOOKS["3"], *CELLS, names=names)
-    three = SimpleNamespace(**found)
+    # What it does before its loop; at last it looks whether PPO can learn
+    three = notebook_3(settings, device, "start", "preflight", "preflight-learn")
     given = three.reference, three.score, three.prompts_of, three.eos_id, settings
     collect = partial(collect_together, three.collect_rollout)
     gradients = partial(gradients_together, three.gradients)
@@ -115,22 +107,6 @@ def train_together(settings):
         print(figures_table({}, after, expected(settings)))
         print(f"saved to {runs.save_artefact(settings, *what)}")
     state.destroy_process_group()
-
-
-def check(n: int, settings):
-    """Raise ValueError if n processes of this machine cannot train together."""
-    size, gpus = settings.ppo_minibatch_size, torch.cuda.device_count()
-    gpus = {"cpu": 0, "mps": 1}.get(settings.device, gpus)
-    if n < 1 or size % n:
-        raise ValueError(
-            f"--processes must be 1 or more and divide ppo_minibatch_size ({size}), "
-            f"which {n} does not; change one of them"
-        )
-    if 0 < gpus < n:
-        raise ValueError(
-            f"{n} processes would share {gpus} GPU{'s' * (gpus > 1)} of this machine; "
-            f"start at most {gpus}, or set device to cpu"
-        )
 
 
 def take_part(work):
@@ -163,8 +139,16 @@ def main(argv: list[str]):
     work, n = partial(train_together, settings), options.processes
     if "RANK" in os.environ:
         return take_part(work)
+    size, gpus = settings.ppo_minibatch_size, torch.cuda.device_count()
+    gpus = {"cpu": 0, "mps": 1}.get(settings.device, gpus)
+    if n < 1 or size % n:
+        parser.error(
+            f"--processes must be 1 or more and divide ppo_minibatch_size ({size}), "
+            f"which {n} does not; change one of them"
+        )
+    if 0 < gpus < n:
+        parser.error(f"{n} processes on {gpus} GPUs; start {gpus}, or set device=cpu")
     try:
-        check(n, settings)
         runs.find_artefacts(settings, "sft", "reward_model")
     except (ValueError, OSError) as error:
         parser.error(str(error))

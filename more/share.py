@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.utils import validate_repo_id
 
 from practice import tiny_world
@@ -48,15 +48,9 @@ def model_card(
         {k: x for stage in STAGES for k, x in metrics[stage][when].items()}
         for when in ("before", "after")
     )
-    figures = {figure: FIGURES[figure] for figure in FIGURES if figure in after}
     model, data = public_name(settings.model_name), public_name(settings.dataset_name)
-    data_words = _described(
-        settings.dataset_name, "film-review phrases, generated", "data set"
-    )
     changed = settings.changes.items()
     told = [f"{k} {x}" for k, x in changed if type(x) is not str or public_name(x)]
-    numbers = {k: x for k, x in asdict(settings).items() if type(x) in (int, float)}
-    split = metrics["reward_model"].get("validation_rows")
     header = ModelCardData(
         license=licence,
         library_name="transformers",
@@ -64,37 +58,23 @@ def model_card(
         tags=TAGS,
         base_model=model,
         datasets=[data] if data else None,
-        model_name=(title := name.split("/")[-1]),
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=data or "generated",
-                dataset_name=data_words.strip("`"),
-                metric_type=figure,
-                metric_name=description,
-                metric_value=after[figure],
-            )
-            for figure, (description, _) in figures.items()
-        ],
     )
     words = {
-        "title": title,
         "name": name,
-        "parameters": f"{parameters:,}",
+        "parameters": parameters,
         "source": source,
         "model": _described(settings.model_name, "a small GPT-2, generated", "model"),
-        "data": data_words,
+        "data": _described(
+            settings.dataset_name, "film-review phrases, generated", "data set"
+        ),
         "changes": "; ".join(told) or "nothing",
-        "numbers": ", ".join(f"{k} {x:g}" for k, x in numbers.items()),
-        "rows": [
-            (said, format(before[x], spec) if x in before else "", f"{after[x]:{spec}}")
-            for x, (said, spec) in figures.items()
-        ],
-        "split": f" ({split:,} rows)" if split else "",
-        "distinct": [f"{x['distinct_2']:.3f}" for x in (before, after)],
+        "settings": asdict(settings),
+        "figures": FIGURES,
+        "before": before,
+        "after": after,
+        "rows": metrics["reward_model"].get("validation_rows"),
     }
     template = Path(__file__).with_name("card.md")
-    words = asdict(settings) | words
     return ModelCard.from_template(header, template_path=template, **words)
 
 

@@ -2,24 +2,17 @@
 
 The same prompt, temperature and seed for the model before PPO (the reference) and the
 one after it (the policy); the reward model's score of each text; and, token by token,
-how much likelier PPO has made it. No widgets here: a notebook, a page and a test all
-call the same functions.
+how much likelier PPO has made it.
 """
 
 import html
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from utils.data import clean, encode, pad
-from utils.rollout import (
-    response_logprobs,
-    response_tokens,
-    sample_responses,
-    squash,
-)
+from utils.rollout import response_logprobs, response_tokens, sample_responses, squash
 
 BEFORE, AFTER = "before PPO", "after PPO"
 LIKELIER, LESS_LIKELY = "59, 111, 182", "200, 85, 61"  # the plots' blue and red
@@ -64,9 +57,9 @@ class Talk:
         self.models = {BEFORE: reference, AFTER: policy}
         self.reward_model, self.tokenizer = reward_model, tokenizer
         self.settings, self.eos_id = settings, tokenizer.eos_token_id
-        limit = getattr(reference.config, "max_position_embeddings", None)
+        limit = getattr(reference.config, "max_position_embeddings", 1024)
         # The longest prompt after which a whole response can still be read [tokens]
-        self.longest = (limit or 1024) - settings.max_new_tokens
+        self.longest = limit - settings.max_new_tokens
 
     def encode(self, prompt: str) -> list[int]:
         """The token ids of a prompt, without the spaces around it.
@@ -76,22 +69,15 @@ class Talk:
         half a character, or if it is too long for the model.
         """
         prompt, eos = clean(prompt), self.tokenizer.eos_token
-        fault = ""
+        prompt.encode()  # an error for half a character
         if not prompt:
-            fault = "is empty; write the first words of a review, such as 'the film is'"
-        elif eos in prompt:
-            fault = f"holds {eos!r}, which ends a text; take it out"
-        elif any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            fault = "holds half a character (a lone surrogate); take it out"
-        else:
-            (ids,) = encode([prompt], self.tokenizer)
-            if len(ids) > self.longest:
-                fault = (
-                    f"has {len(ids):,} tokens, and the model reads {self.longest} at "
-                    "most before a response; shorten it"
-                )
-        if fault:
-            raise ValueError(f"the prompt {fault}")
+            raise ValueError("the prompt is empty; write a few words, as 'the film is'")
+        if eos in prompt:
+            raise ValueError(f"the prompt holds {eos!r}, which ends texts; take it out")
+        (ids,) = encode([prompt], self.tokenizer)
+        if len(ids) > self.longest:
+            most = f"{self.longest}, which leave room for a response"
+            raise ValueError(f"the prompt has {len(ids)} tokens; shorten it to {most}")
         return ids
 
     @torch.no_grad()
@@ -129,7 +115,7 @@ class Talk:
         low, high = TEMPERATURES
         if not low <= temperature <= high:
             raise ValueError(
-                f"temperature must be from {low:g} to {high:g}, got {temperature}"
+                f"take a temperature from {low} to {high}, not {temperature}"
             )
         ids, replies = self.encode(prompt), {}
         for name, lm in self.models.items():
@@ -148,38 +134,35 @@ def token_texts(tokenizer, prompt: list[int], response: list[int]) -> list[str]:
     A letter such as é may be several tokens: the last of them adds it, the others
     nothing.
     """
-
-    def decode(ids):
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-    texts, ids, done = [], list(prompt), decode(prompt)
-    for left, token in zip(range(len(response))[::-1], response, strict=True):
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    texts, done = [], decode(prompt)
+    for n, token in enumerate(response, start=1):
+        text = decode(prompt + response[:n])
         if token == tokenizer.eos_token_id:
             texts.append(EOS)
-            continue
-        ids.append(token)
-        text = decode(ids)
-        # Bytes that are no letter yet are decoded to this sign
-        whole = not text.endswith("\ufffd") or not left
-        texts.append(text[len(done) :] if whole else "")
-        done = text if whole else done
+        elif text.endswith("\ufffd") and n < len(response):  # bytes, no letter yet
+            texts.append("")
+        else:
+            texts.append(text[len(done) :])
+            done = text
     return texts
 
 
 def visible(text: str) -> str:
-    """The text with the numbers of characters that would not be seen, or mislead.
-
-    Those that turn the direction of writing, for example, become ⟨U+202E⟩.
-    """
+    """The text, with the number of each character that is not seen, as ⟨U+202E⟩."""
     return "".join(x if x.isprintable() else f"⟨U+{ord(x):04X}⟩" for x in text)
+
+
+def _shown(pieces, log_ratios):
+    shown = (f" {EOS}" if piece == EOS else visible(piece) for piece in pieces)
+    return zip(shown, log_ratios, strict=True)
 
 
 def shaded_html(pieces: list[str], log_ratios: list[float]) -> str:
     """Tokens on coloured grounds: blue what PPO made likelier, red what less likely.
 
     The stronger the colour, the larger the log-ratio; from FULL_COLOUR on all alike.
-    The number is shown when a mouse rests on the token. Raises ValueError if there is
-    not one log-ratio for each token.
+    The number is shown when a mouse rests on the token.
     """
     spans = []
     for piece, ratio in _shown(pieces, log_ratios):
@@ -199,11 +182,6 @@ def shaded_text(pieces: list[str], log_ratios: list[float]) -> str:
     )
 
 
-def _shown(pieces, log_ratios):
-    shown = (f" {EOS}" if piece == EOS else visible(piece) for piece in pieces)
-    return zip(shown, log_ratios, strict=True)
-
-
 def card(reply: Reply) -> str:
     """A reply as HTML: who wrote it, its reward, and the shaded text."""
     end = "" if reply.ended else " …"
@@ -212,17 +190,3 @@ def card(reply: Reply) -> str:
         f"{html.escape(visible(reply.prompt))}"
         f"{shaded_html(reply.pieces, reply.log_ratios)}{end}</p>"
     )
-
-
-def steered(replies: Iterable[Reply], least: int = 5) -> dict[int, float]:
-    """The mean log-ratio of each token that was written so often, the least first.
-
-    From token id to log pi - log pi_ref [nats]: what PPO has made less likely stands
-    at the beginning, what it has made likelier at the end.
-    """
-    found = defaultdict(list)
-    for reply in replies:
-        for token, ratio in zip(reply.tokens, reply.log_ratios, strict=True):
-            found[token].append(ratio)
-    means = {t: sum(x) / len(x) for t, x in found.items() if len(x) >= least}
-    return dict(sorted(means.items(), key=lambda pair: pair[1]))

@@ -9,13 +9,13 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
 import torch
 
 from more import common
-from more.preferences import agreement_with_labeller, split_by_prompt
 from practice import exact_world
 from practice.cells import LOOP, import_cells
 from utils.models import PolicyWithValueHead, freeze, load_causal_lm
@@ -45,10 +45,10 @@ def lesson(three, number: str, *cells: str, **names) -> SimpleNamespace:
 
 def judged(three, run, settings) -> dict:
     """The figures of a run of PPO's loop, as notebook 3's models and judges see it."""
-    figures, _ = three.evaluate(run.policy, show_progress=False)
     scores = three.reference_scores(three.held_out, settings.possible_samples)
-    means = figures["score"], figures["kl"]
-    figures |= common.gain_in_objective(*means, scores, settings.kl_coef)
+    evaluate = partial(three.evaluate, show_progress=False)
+    names = {"run": run, "settings": settings, "evaluate": evaluate, "possible": scores}
+    figures = lesson(three, "3", "after", **names).after
     return figures | {"episodes": len(run.history) * settings.ppo_rollout_size}
 
 
@@ -127,7 +127,8 @@ EXACT_BETA = 0.5
 SAMPLED = ((512, 64), (4_992, 256))
 # The share of the pairs to measure on: 95 % of what can be had is then known to a point
 MEASURED_ON = 0.45
-PAIRS = ("sample-pairs", "utility", "label", "both-texts", "train-on-pairs", "ppo-on")
+PAIRS = ("sample-pairs", "utility", "label", "both-texts", "split-by-prompt")
+PAIRS += ("train-on-pairs", "ppo-on")
 FIGURES = ("exactly_positive", "exactly_grammatical", "kl", "reward", "distinct_2")
 
 
@@ -139,13 +140,13 @@ def learning_curve(settings, seed) -> dict:
     three = notebook(settings, seed)
     six = lesson(three, "6", *PAIRS)
     pairs = six.sample_pairs(three.reference, three.train_prompts, seed)
-    train, test = split_by_prompt(six.label(pairs, seed), MEASURED_ON, seed)
+    train, test = six.split_by_prompt(six.label(pairs, seed), MEASURED_ON, seed)
     texts = six.both_texts(test)
     utilities = six.utility(texts).view(-1, 2)
 
     def agreement(model):
         scores = six.score_texts(model, texts).view(-1, 2)
-        return agreement_with_labeller(utilities, scores)
+        return six.agreement_with_labeller(utilities, scores)
 
     labels, ceiling = agreement(three.reward_model)
     found = {"labels": labels, "ceiling": ceiling, "agreement": {}}
@@ -226,7 +227,7 @@ def offline(settings, seed, price, rate, passes, size) -> dict:
 def untrained(settings, seed) -> dict:
     """The points of best-of-n and of the best possible, from the SFT model's texts."""
     three = notebook(settings, seed)
-    point = lesson(three, "7", "frontier-point").point
+    seven = lesson(three, "7", "frontier-point", "best-of-n", "best-possible")
     sft = PolicyWithValueHead(three.reference).eval()
     _, rows = three.evaluate(sft, three.held_out * CANDIDATES)
     # The prompts come round: each round is a column
@@ -237,12 +238,12 @@ def untrained(settings, seed) -> dict:
     def add(way, label, logs):
         weights = (logs.exp().T / len(scores)).flatten().tolist()
         kl = (logs.exp() * (logs - log_ref)).sum(dim=1).mean().item()
-        found[way][label] = point(label, kl, rows, weights)
+        found[way][label] = seven.point(label, kl, rows, weights)
 
     for n in NUMBERS:  # equal texts score the same up to rounding
-        add("best-of-n", f"{n}", common.best_of_n(log_ref, scores.round(decimals=4), n))
+        add("best-of-n", f"{n}", seven.best_of_n(log_ref, scores.round(decimals=4), n))
     for price in POSSIBLE_PRICES:
-        add("best possible", f"{price:g}", common.best_possible(scores, price)[0].log())
+        add("best possible", f"{price:g}", seven.best_possible(scores, price)[0].log())
     return found
 
 

@@ -1,17 +1,12 @@
 """REINFORCE, RLOO and GRPO by hand, and their groups; see also `practice/checks`."""
 
 import math
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from more.common import (
-    best_possible,
-    check_group,
-    gain_in_objective,
-    interval_95,
-)
+from more.common import interval_95
 from more.estimators import (
     grpo_advantages,
     grpo_loss,
@@ -70,7 +65,7 @@ X, ONES = torch.zeros(2, 3), torch.ones(2, 3)
 @pytest.mark.parametrize(
     "function, arguments, says",
     [
-        (rloo_advantages, (SCORES, 1), "2 or more, got 1"),
+        (rloo_advantages, (SCORES, 1), "not groups of 1; sample 2 or more"),
         (grpo_advantages, (SCORES, 4), r"scores \(6,\) are not groups of 4"),
         (grpo_advantages, (SCORES.view(2, 3), 3), r"scores \(2, 3\) are not groups"),
         (grpo_loss, (X, X, X, X[:, 0], ONES, 0.2, 0.1, "tokens"), "got 'tokens'"),
@@ -84,20 +79,17 @@ def test_bad_arguments_are_named(function, arguments, says):
 
 
 @pytest.mark.parametrize(
-    "name, group, pieces, says",
+    "name, group, says",
     [
-        ("PPO", 0, 12, "must be a multiple of the group, got 0"),
-        ("RLOO", 5, 12, r"ppo_rollout_size \(24\) must be a multiple .* got 5"),
-        ("GRPO", 4, 6, r"ppo_micro_batch_size \(6\) to ppo_minibatch_size \(12\)"),
-        ("PPO", 1, 6, ""),
-        ("GRPO", 24, 12, ""),
+        ("RLOO", 5, r"ppo_rollout_size \(24\) is not made of groups of 5"),
+        ("GRPO", 4, r"ppo_micro_batch_size \(6\) to ppo_minibatch_size \(12\)"),
     ],
 )
-def test_a_group_that_cannot_be_compared_is_said_before(name, group, pieces, says):
+def test_a_group_that_cannot_be_compared_is_said_before(name, group, says):
     sizes = {"ppo_episodes": 24, "ppo_rollout_size": 24, "ppo_minibatch_size": 12}
-    settings = load_settings("tiny", {**sizes, "ppo_micro_batch_size": pieces})
-    with pytest.raises(ValueError, match=says) if says else nullcontext():
-        check_group(name, group, settings)
+    settings = load_settings("tiny", {**sizes, "ppo_micro_batch_size": 6})
+    with pytest.raises(ValueError, match=says):
+        import_cells(NOTEBOOKS["5"], "train-as")["train_as"](name, group, 0, settings)
 
 
 def test_a_group_is_one_prompt_again_and_again():
@@ -110,7 +102,8 @@ def test_the_best_possible_by_hand():
     """Two prompts, two responses each, of which the better one is worth 1 more."""
     scores, beta = torch.tensor([[0.0, 1.0], [3.0, 2.0]]), 0.5
     w = 1 / (1 + math.exp(-1 / beta))  # of the better one
-    weights, found = best_possible(scores, beta)
+    seven = import_cells(NOTEBOOKS["7"], "best-possible")
+    weights, found = seven["best_possible"](scores, beta)
     assert weights.flatten().tolist() == pytest.approx([1 - w, w, w, 1 - w])
     kl = w * math.log(2 * w) + (1 - w) * math.log(2 * (1 - w))
     expected = {"score": 1 + w, "kl": kl, "objective": 1 + w - beta * kl}
@@ -118,13 +111,16 @@ def test_the_best_possible_by_hand():
     # J* = beta log mean exp(R / beta) is the same number
     by_prompt = (scores / beta).exp().mean(dim=1).log() * beta
     assert found["objective"] == pytest.approx(by_prompt.mean().item(), abs=1e-6)
-    # A quarter of the way from the reference's mean score, 1.5, to that
+    # Notebook 3: a quarter of the way from the reference's mean score, 1.5, to that
     way = 1.5 + (expected["objective"] - 1.5) / 4
-    gain = gain_in_objective(way + beta * 2.0, 2.0, scores, beta)
-    assert gain == pytest.approx({"objective": way, "share": 0.25})
-    assert gain_in_objective(2.0, 3.0, scores, 0.0) == {"objective": 2.0}
-    with pytest.raises(ValueError, match="above 0, got 0.0; without a price"):
-        best_possible(scores, 0.0)
+    figures = {"score": way + beta * 2.0, "kl": 2.0}
+    names = {"evaluate": lambda policy: (dict(figures), []), "possible": scores}
+    names |= {"run": SimpleNamespace(policy=None)}
+    for price in (beta, 0.0):  # without a price nothing is the best possible
+        names["settings"] = SimpleNamespace(kl_coef=price)
+        gain = import_cells(NOTEBOOKS["3"], "after", names=names)["after"]
+        more = {"objective": way, "share": 0.25} if price else {"objective": way + 1}
+        assert gain == pytest.approx(figures | more)
 
 
 def test_an_interval_is_students():

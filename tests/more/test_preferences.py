@@ -1,31 +1,31 @@
-"""The file of pairs, broken, and what is done with pairs.
+"""The file of pairs, broken, and what lesson 6 does with pairs.
 
 The losses are held against those of `practice/checks`, with all their mistakes.
 """
 
 import json
 import math
+import os
 
 import pytest
 
 from more.preferences import (
-    agreement_with_labeller,
     append_pair,
     bradley_terry_loss,
     dpo_loss,
-    pair_check,
     pair_tokens,
     read_pairs,
     remove_pair,
-    split_by_prompt,
 )
+from practice.cells import import_cells
 from tests.small import t
 from utils.data import load_tokenizer
+from utils.runs import NOTEBOOKS
 
 PAIR = {"prompt": "the film is", "chosen": " fine .", "rejected": " dull ."}
 TURNED = {**PAIR, "chosen": " dull .", "rejected": " fine ."}
 ONE, TWO = t(-1.0), t(-1.0, -2.0)
-OBJECT = "prompt, chosen and rejected"
+SIX = import_cells(NOTEBOOKS["6"], "split-by-prompt", "both-texts")
 
 
 @pytest.mark.parametrize("chosen, rejected, loss", [(800, 0, 0), (0, 800, 800)])
@@ -40,14 +40,13 @@ def test_a_margin_of_any_size_stays_finite(chosen, rejected, loss):
     "function, arguments, options, says",
     [
         (dpo_loss, [ONE] * 4, {"beta": math.nan}, "beta must be above 0, got nan"),
-        (dpo_loss, [ONE] * 4, {"label_smoothing": 0.5}, "from 0 to below 0.5, got 0.5"),
+        (dpo_loss, [ONE] * 4, {"label_smoothing": 0.5}, "to below 0.5, .* got 0.5"),
         (dpo_loss, [ONE] * 4, {"kind": "hinge"}, "sigmoid or ipo, got 'hinge'"),
         (dpo_loss, [ONE] * 4, {"kind": "ipo", "label_smoothing": 0.1}, "got 0.1"),
         (dpo_loss, [ONE] * 3 + [TWO], {}, "ref_rejected_logprobs"),
         (bradley_terry_loss, [TWO, ONE], {}, r"\(2,\).*\(1,\)"),
-        (agreement_with_labeller, [TWO, ONE], {}, r"\(2,\).*\(1,\)"),
-        (split_by_prompt, [[PAIR] * 9, 0.1], {}, "a share of 0.1 of 1 prompts leaves"),
-        (append_pair, ["x", {**PAIR, "chosen": " dull ."}], {}, "same text as chosen"),
+        (SIX["split_by_prompt"], [[PAIR] * 9, 0.1, 0], {}, "a share of 0.1 of 1 promp"),
+        (append_pair, ["x", {**PAIR, "chosen": " dull ."}], {}, "are the same text"),
     ],
 )
 def test_wrong_options_and_shapes_are_named(function, arguments, options, says):
@@ -60,7 +59,7 @@ def path(tmp_path):
     return tmp_path / "new folder" / "pairs.jsonl"
 
 
-def test_pairs_are_read_as_they_were_written(path):
+def test_pairs_are_read_as_they_were_written(path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no file .*pairs.*label some first"):
         read_pairs(path)
     second = {"prompt": "тот фильм", "chosen": " “good”\n.", "rejected": " bad ."}
@@ -68,34 +67,38 @@ def test_pairs_are_read_as_they_were_written(path):
         append_pair(path, pair)
     assert read_pairs(path) == ([PAIR, second], [])
     assert len(path.read_text("utf8").splitlines()) == 2  # one line for each
-    short = read_pairs(path, check=lambda pair: "is odd" if pair == PAIR else "")
-    assert short == ([second], [f"{path}, line 1 is odd"])
+
+    def check(pair):
+        if pair == PAIR:
+            raise ValueError("it is odd")
+
+    assert read_pairs(path, check=check) == ([second], [f"{path}, line 1: it is odd"])
+
+    def killed(*places):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)  # at the last moment
+    for change in (append_pair, remove_pair):
+        with pytest.raises(KeyboardInterrupt):
+            change(path, second)
+        assert read_pairs(path) == ([PAIR, second], [])
 
 
-@pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_a_kill_costs_the_last_line_at_most(path, cut):
-    append_pair(path, PAIR)
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole[:cut])
-    assert read_pairs(path) == ([PAIR], [])
-    append_pair(path, {**PAIR, "chosen": " great ."})
-    pairs, faults = read_pairs(path)
-    assert [pair["chosen"] for pair in pairs] == [" fine .", " great ."] and not faults
-
-
-def test_lines_that_are_complete_stay_whoever_wrote_them(path):
-    """Without an end to the last one, with those of an old Mac, or as one array."""
+def test_lines_stay_whoever_wrote_them(path):
+    """Without an end to the last one, with those of an old Mac, or cut off."""
     lines = [json.dumps({**PAIR, "chosen": f" {i} ."}).encode() for i in range(3)]
     path.parent.mkdir()
     for end in (b"\n", b"\r", b"\r\n"):
-        path.write_bytes(end.join(lines))
+        path.write_bytes(end.join([*lines, b'{"prompt": "the \xc3']))
         append_pair(path, PAIR)
-        pairs, faults = read_pairs(path)
+        pairs, (fault,) = read_pairs(path)
         assert [x["chosen"] for x in pairs] == [" 0 .", " 1 .", " 2 .", " fine ."]
-        remove_pair(path, {**PAIR, "chosen": " 1 ."} if end == b"\n" else PAIR)
-        assert len(read_pairs(path)[0]) == 3 and not faults
-    path.write_bytes(b"[" + b",".join(lines) + b"]")
-    assert read_pairs(path) == ([], [f"{path}, line 1 is no object with {OBJECT}"])
+        assert fault.startswith(f"{path}, line 4: ")
+        append_pair(path, {**PAIR, "chosen": " last ."})
+        before = path.read_bytes()
+        remove_pair(path, PAIR)
+        line = json.dumps(PAIR).encode() + b"\n"
+        assert path.read_bytes() == before.replace(line, b"")
     with pytest.raises(ValueError, match="does not hold this answer any more"):
         remove_pair(path, PAIR)
 
@@ -103,15 +106,15 @@ def test_lines_that_are_complete_stay_whoever_wrote_them(path):
 @pytest.mark.parametrize(
     "line, says",
     [
-        (b"{not json", "is no JSON"),
-        (rb'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "half a letter"),
-        (b'{"prompt": "\xff"}', "is no JSON"),
-        (b'["a", "b", "c"]', "is no object"),
-        (json.dumps({"prompt": "a", "chosen": "b"}).encode(), "has no text 'rejected'"),
-        (json.dumps({**PAIR, "chosen": 3}).encode(), "has no text 'chosen'"),
-        (json.dumps({**PAIR, "prompt": " "}).encode(), "has an empty 'prompt'"),
-        (json.dumps({**PAIR, "rejected": " fine ."}).encode(), "same text as chosen"),
-        (json.dumps(TURNED).encode(), "prefers the text that"),
+        (b"{not json", "Expecting property name"),
+        (rb'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "surrogates"),
+        (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
+        (b'["a", "b", "c"]', "no object with prompt, chosen and rejected"),
+        (json.dumps({"prompt": "a", "chosen": "b"}).encode(), "no text 'rejected'"),
+        (json.dumps({**PAIR, "chosen": 3}).encode(), "there is no text 'chosen'"),
+        (json.dumps({**PAIR, "prompt": " "}).encode(), "there is no text 'prompt'"),
+        (json.dumps({**PAIR, "rejected": " fine ."}).encode(), "are the same text"),
+        (json.dumps(TURNED).encode(), "it prefers the text that"),
     ],
 )
 def test_a_broken_line_is_named_and_the_others_are_read(path, line, says):
@@ -120,14 +123,14 @@ def test_a_broken_line_is_named_and_the_others_are_read(path, line, says):
     two.write_bytes(b"\n".join([line, json.dumps(PAIR).encode(), b""]))
     pairs, (fault,) = read_pairs(path, two)
     assert pairs == [PAIR, PAIR]
-    assert fault.startswith(f"{two}, line 1 ") and says in fault
+    assert fault.startswith(f"{two}, line 1: ") and says in fault
 
 
 def test_agreement_and_ceiling_by_hand():
     """Gaps -2, -1, 0 and 3; guessed right, wrong, left to a coin, and not at all."""
     utilities = t([0.0, 2.0], [0.0, 1.0], [1.0, 1.0], [3.0, 0.0])
     scores = t([4.0, 5.0], [1.0, 0.0], [0.0, 9.0], [2.0, 2.0])
-    agreement, ceiling = agreement_with_labeller(utilities, scores)
+    agreement, ceiling = SIX["agreement_with_labeller"](utilities, scores)
     s = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, 3.0)]
     assert agreement == pytest.approx((s[0] + (1 - s[1]) + 0.5 + 0.5) / 4)
     assert ceiling == pytest.approx((s[0] + s[1] + 0.5 + s[2]) / 4)
@@ -135,11 +138,11 @@ def test_agreement_and_ceiling_by_hand():
 
 def test_the_split_shares_no_prompt():
     pairs = [{**PAIR, "prompt": f"film {i % 20}", "n": i} for i in range(100)]
-    train, test = split_by_prompt(pairs, 0.25, seed=1)
+    train, test = SIX["split_by_prompt"](pairs, 0.25, seed=1)
     assert len({pair["prompt"] for pair in test}) == 5 and len(test) == 25
     assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
     assert sorted(p["n"] for p in train + test) == list(range(100))
-    assert split_by_prompt(pairs, 0.25, seed=2)[1] != test
+    assert SIX["split_by_prompt"](pairs, 0.25, seed=2)[1] != test
 
 
 @pytest.mark.parametrize(
@@ -147,16 +150,20 @@ def test_the_split_shares_no_prompt():
     [
         (("the pl", "ot is fine .", " is"), "cut within a token of prompt + chosen"),
         (("the pl", " is", "ot is dull"), "within a token of prompt + rejected"),
-        (("the plot", " is<|endoftext|>", " is"), "the EOS token '<|endoftext|>' in"),
-        (("the plot", " is dull" * 9, " is"), "has 21 tokens in prompt + chosen, more"),
+        (
+            ("the plot", " is<|endoftext|>", " is"),
+            "chosen holds the EOS token '<|endof",
+        ),
+        (("the plot", " is dull" * 9, " is"), "chosen have 21 tokens, more than 20"),
         (("the plot", " is fine .", " is"), ""),
     ],
 )
 def test_a_pair_is_read_as_a_model_reads_it_or_named(world, texts, says):
     tokenizer = load_tokenizer(str(world / "model"))
     pair = dict(zip(PAIR, texts, strict=True))
-    found = pair_check(tokenizer, 20)(pair)
-    assert says in found and bool(says) == bool(found)
-    if not found:
+    try:
         rows = [tokenizer.decode(row) for row in pair_tokens(pair, tokenizer, 20)]
         assert rows == ["the plot", " is fine .<|endoftext|>", " is<|endoftext|>"]
+        assert not says
+    except ValueError as error:
+        assert says and says in str(error)

@@ -8,9 +8,10 @@ import torch
 
 from more import estimators, lora, preferences
 from practice import checks
+from practice.cells import import_cells
 from utils import data, models, ppo, rollout
 
-SEEDS = range(20)
+SEEDS, EIGHT = range(20), import_cells("more/8-Adapters.ipynb", "read-one-base")
 CORRECT = {  # check: the function of ours that it must pass
     checks.check_whiten: ppo.masked_whiten,
     checks.check_gae: ppo.compute_gae,
@@ -29,7 +30,7 @@ CORRECT = {  # check: the function of ours that it must pass
     checks.check_dpo_loss: preferences.dpo_loss,
     checks.check_adapted_layer: lora.adapted_layer,
     checks.check_merged_weight: lora.merged_weight,
-    checks.check_read_one_base: lora.read_one_base,
+    checks.check_read_one_base: EIGHT["read_one_base"],
 }
 MISTAKES = [(check, *one) for check in CORRECT for one in check.mistakes]
 
