@@ -2,7 +2,6 @@
 
 import pandas as pd
 import torch
-from matplotlib.patheffects import withStroke
 
 from more.common import interval_95
 from utils.plots import BLUE, GREEN, GREY, RED, smooth, subplots
@@ -144,16 +143,13 @@ def plot_frontier(points: dict[str, list[dict]]):
     `points` maps the name of a way to points with a `label`, a `kl` in nats, and
     `shares`: the share of texts that each judge calls positive; where several runs
     were averaged, half the widths of their intervals as `kl_95` and `shares_95`. A way
-    of one point is a star, and the best possible a dashed line.
+    of one point is a star, and the best possible a dashed line. The first and the last
+    point of each are labelled.
     """
     judges = list(next(iter(points.values()))[0]["shares"])
     n = len(judges)
     figure, axes = subplots(plot_frontier, 1, n, (4.2 * n, 3.8), sharey=True)
     styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
-    # Where the labels stand, so that two ways that cross can be read
-    places = {BLUE: (0, 9), RED: (0, -9), GREEN: (10, -3), PURPLE: (11, 0)}
-    places |= {GREY: (-8, 9), "black": (9, 7)}
-    halo = [withStroke(linewidth=3, foreground="white")]
     for way, line in points.items():
         if way.startswith("best possible"):
             colour, style = GREY, "d--"
@@ -167,16 +163,14 @@ def plot_frontier(points: dict[str, list[dict]]):
                 half = table[f"shares_95.{judge}"], table["kl_95"]
                 how = {"ecolor": colour, "elinewidth": 1, "alpha": 0.5}
                 axis.errorbar(x, y, *half, fmt="none", **how)
-            for i, at in enumerate(zip(table["label"], x, y, strict=True)):
-                how = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                how |= {"textcoords": "offset points", "path_effects": halo}
-                # Those of the best possible lie close together
-                shift = [(1 + i % 2 * (colour == GREY)) * z for z in places[colour]]
-                axis.annotate(at[0], at[1:], shift, **how)
+            how = {"ha": "center", "fontsize": 8, "color": colour}
+            for i in {0, len(x) - 1}:  # those between would lie on each other
+                place = {"xytext": (0, 8), "textcoords": "offset points"}
+                axis.annotate(table["label"][i], (x[i], y[i]), **place, **how)
     most = max(point["kl"] for line in points.values() for point in line)
     for axis, judge in zip(axes, judges, strict=True):
         axis.set(title=judge, xlabel="KL to the SFT model [nats]")
-        axis.set_xlim(-0.1 * most, 1.1 * most)  # an interval may be longer
+        axis.set_xlim(-0.03 * most, 1.1 * most)  # an interval may be longer
     axes[0].set_ylabel("share judged positive")
     axes[1].legend(frameon=False, loc="lower right")
     return figure
