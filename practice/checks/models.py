@@ -128,7 +128,7 @@ def check_evaluate_responses(case):
     return policy, ids, attention_mask, case.mask, tau
 
 
-SIZE, ROOT = 4096, math.sqrt(4096 + 1)
+SIZE, ROOT = 9_999, 100  # the root of d + 1
 
 
 def _head(d, draw=lambda d: torch.randn(d) / math.sqrt(d + 1), after=torch.clone):
@@ -146,7 +146,7 @@ def _of_head(head):
     spread, mean = (round(5 * x.item() * ROOT) / 5 for x in torch.std_mean(weight))
     bent = ((output.flatten() - bias - linear).abs() > 1e-4).any()
     return {
-        "share of weights that are 0": (weight == 0).double().mean(),
+        "share of weights that are 0": (weight == 0).double().mean().round(decimals=1),
         "spread * sqrt(d + 1)": spread,
         "mean * sqrt(d + 1)": mean,
         "bias": bias,
