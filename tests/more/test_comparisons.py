@@ -86,9 +86,7 @@ def test_sampled_pairs_come_as_often_as_they_should(exact):
 
 BEFORE = "settings loop sample-pairs pairs questions utility label-few label-mine label"
 AFTER = "label-mine label-all split-by-prompt split both-texts ceiling train-on-pairs"
-AFTER += (
-    " reward-from-pairs ppo-on ppo pair-logprobs train-dpo dpo second table"
-)
+AFTER += " reward-from-pairs ppo-on ppo pair-logprobs train-dpo dpo second table"
 BRIEF = {"ppo_rollout_size": 64, "ppo_episodes": 64, "normalise_samples": 64}
 BRIEF |= {"eval_prompts": 32}
 
