@@ -38,8 +38,7 @@ def talk(world):
     return Talk(*models, load_tokenizer(world / "model"), TINY)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_what_is_written_is_drawn_word_by_word(talk, temperature):
+def test_what_is_written_is_drawn_word_by_word(talk, temperature=0.5):
     """From whole forward passes and the same random numbers, one at a time."""
     replies = talk.write("  the film is \n", temperature, seed=3)
     for name, lm in talk.models.items():
@@ -50,8 +49,7 @@ def test_what_is_written_is_drawn_word_by_word(talk, temperature):
             ids = [*ids, token]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_reply_is_judged_as_by_hand(talk, temperature):
+def test_a_reply_is_judged_as_by_hand(talk, temperature=2.0):
     """From whole forward passes, at the temperature that PPO trained with."""
     models = (*talk.models.values(), talk.reward_model, talk.tokenizer)
     own = Talk(*models, dataclasses.replace(TINY, temperature=temperature))
