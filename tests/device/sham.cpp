@@ -13,6 +13,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
+#include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <sys/mman.h>
@@ -32,6 +33,8 @@ struct {
   int64_t most = 0;              // and at most, so far
   int64_t limit = 0;             // beyond which there is no more; 0: none
   bool float64 = true;
+  std::mutex mutex;
+  std::unordered_map<size_t, std::vector<void*>> spare;  // pages, to be used again
 } state;
 
 // ---- Memory: pages that nobody may touch, opened for a copy only
@@ -46,16 +49,24 @@ struct Block {
     TORCH_CHECK_WITH(OutOfMemoryError, !state.limit || after <= state.limit,
         "sham out of memory. Tried to allocate ", bytes, " bytes, with ", state.held,
         " of ", state.limit, " in use");
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-    pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
-    TORCH_CHECK(pages != MAP_FAILED, "the machine itself is out of memory");
+    std::lock_guard lock(state.mutex);
+    auto& spare = state.spare[size];
+    if (spare.empty()) {
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+      spare.push_back(mmap(nullptr, size, PROT_NONE, flags, -1, 0));
+      TORCH_CHECK(spare.back() != MAP_FAILED, "the machine itself is out of memory");
+    }
+    pages = spare.back();
+    spare.pop_back();
+    mprotect(pages, size, PROT_READ | PROT_WRITE);
     std::memset(pages, 0xFF, size);  // NaN in any float, -1 in any integer
     mprotect(pages, size, PROT_NONE);
     state.held = after;
     state.most = std::max(state.most, after);
   }
   ~Block() {
-    munmap(pages, size);
+    std::lock_guard lock(state.mutex);
+    state.spare[size].push_back(pages);
     state.held -= size;
   }
 };
@@ -238,6 +249,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", TORCH_FN(at::native::view));
   library.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   library.impl("resize_", TORCH_FN(at::native::resize_));
+  library.impl("set_.source_Storage", TORCH_FN(at::native::set_));
+  library.impl("set_.source_Storage_storage_offset",
+      TORCH_FN(at::native::set_storage_cpu_));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

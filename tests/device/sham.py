@@ -73,10 +73,8 @@ waits = collections.Counter()  # by kind and place
 
 def heard(what: str):
     """Count a wait where the project makes it, if it makes it."""
-    frame = sys._getframe(1)
-    if threading.current_thread() is not threading.main_thread():  # a backward pass
-        frame = sys._current_frames()[threading.main_thread().ident]
-    if where := place(frame):
+    # The main thread's line, for a backward pass has a thread of its own
+    if where := place(sys._current_frames()[threading.main_thread().ident]):
         waits[what, where] += 1
 
 
