@@ -12,11 +12,12 @@ from practice.cells import LOOP, import_cells
 from tests.device import sham
 from tests.small import EOS, PROMPTS, SETTINGS, go, small_lm, small_tokenizer
 from utils import runs
-from utils.models import PolicyWithValueHead, RewardModel, freeze, load_causal_lm
+from utils.models import RewardModel, freeze, load_causal_lm
 from utils.rollout import has_ended, sample_responses
-from utils.training import GuardedOptimizer, get_device, trunk_dtype
+from utils.training import get_device, trunk_dtype
 
 SHAM = torch.device("sham:0")
+GENERATOR = torch.Generator(SHAM)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ WRONG = {
     "two devices": lambda x: x + torch.ones(2),
     "an index that lies elsewhere": lambda x: x.gather(0, torch.tensor([0])),
     "the CPU's generator": lambda x: x.uniform_(generator=torch.Generator()),
-    "its generator on the CPU": lambda x: torch.rand(2, generator=torch.Generator(SHAM)),
+    "its generator on the CPU": lambda x: torch.rand(2, generator=GENERATOR),
     "its memory read by numpy": lambda x: x.numpy(),
     "float64, where there is none": lambda x: x.double(),
 }
@@ -82,7 +83,7 @@ def test_it_has_the_manners_of_a_gpu(mistake):
         with pytest.raises((RuntimeError, TypeError), match="devi|float64"):
             WRONG[mistake](x)
     finally:
-        sham.device.set_float64(True)
+        sham.device.set_float64(not sham.NO_FLOAT64)
 
 
 def test_the_project_finds_it(settings):

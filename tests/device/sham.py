@@ -1,13 +1,14 @@
 """`import tests.device.sham`: PyTorch gets the device `sham`, and the project uses it.
 
-Once in a process, before anything of the project and before the first backward pass
-(autograd counts the devices then). What the project asks of `cuda` it asks of `sham`:
-the word is another one in what Python reads of its files and cells. With SHAM_AS=mps the
-device has no float64, and what is asked of `mps` is asked of it, too.
+This comes before anything of the project, and before the first backward pass: autograd
+counts the devices then, once. What the project asks of `cuda` it asks of `sham`, since
+Python reads the files of the project with the one word in the place of the other. With
+SHAM_AS=mps that goes for `mps`, too, and the device has no float64.
 """
 
 import collections
 import os
+import re
 import sys
 import threading
 import types
@@ -23,15 +24,14 @@ NO_FLOAT64 = os.environ.get("SHAM_AS") == "mps"
 
 
 def build():
-    """The compiled device; built (a minute) if its source or PyTorch has changed."""
+    """The compiled device; built (20 s of a processor) if its source has changed."""
     source = str(Path(__file__).with_name("sham.cpp"))
     return cpp_extension.load("sham", [source], extra_cflags=["-O0", "-g0"])
 
 
 def renamed(text: str) -> str:
     """What the project says, with the device's name in the place of others."""
-    text = text.replace("cuda", "sham")
-    return text.replace("mps", "sham") if NO_FLOAT64 else text
+    return re.sub(r"\b(cuda|mps)\b" if NO_FLOAT64 else r"\bcuda\b", "sham", text)
 
 
 class Renamed(SourceFileLoader):
@@ -82,14 +82,12 @@ def start():
     """Register the device, and let the project's files speak of it."""
     device = build()
     torch.utils.rename_privateuse1_backend("sham")
-    module = types.ModuleType("torch.sham")
-    generator, no = device.default_generator(), lambda *_: False
-    module._is_in_bad_fork, module.is_bf16_supported = no, lambda **_: False
+    module = types.ModuleType("torch.sham")  # what is asked of torch.cuda
     module.is_available = module.is_initialized = lambda: True
     module.device_count, module.current_device = lambda: 1, lambda: 0
-    module.manual_seed_all = module.manual_seed = lambda seed: generator.manual_seed(seed)
+    module._is_in_bad_fork = module.is_bf16_supported = lambda **_: False
+    module.manual_seed_all = device.default_generator().manual_seed
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
-    module.memory_allocated = lambda *_: device.memory_allocated()
     module.max_memory_allocated = lambda *_: device.max_memory_allocated()
     module.empty_cache = lambda: None
     torch._register_device_module("sham", module)

@@ -13,15 +13,20 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"to build a device takes {MISSING}"),
 ]
+STARTUP = """from tests.device import sham
+rename = lambda lines: [*map(sham.renamed, lines)]
+get_ipython().input_transformers_post.append(rename)"""  # cells ask for cuda, too
 SHORT = {"train_rows": 320, "max_new_tokens": 12, "train_anyway": True}
 SHORT |= {"ppo_episodes": 64, "ppo_rollout_size": 32, "ppo_minibatch_size": 16}
 SHORT |= {"ppo_micro_batch_size": 8, "ppo_epochs": 2, "eval_prompts": 16}
 SHORT |= {"normalise_samples": 32, "possible_samples": 2}
 
 
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_in_a_process_of_its_own(name):
     """Autograd counts the devices once: this process may have begun without one."""
-    done = python("-m", "pytest", "-p", "tests.device.sham", "tests/device/on_sham.py")
+    command = "-m", "pytest", "-p", "tests.device.sham", "tests/device/on_sham.py"
+    done = python(*command, SHAM_AS=name)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
@@ -31,7 +36,7 @@ def test_the_series_runs_on_it(world, tmp_path, name, precision):
     shutil.copytree(world, tmp_path / "tiny" / "world")
     startup = tmp_path / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "device.py").write_text("import tests.device.sham")
+    (startup / "device.py").write_text(STARTUP)
     environ = {"IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "SHAM_AS": name}
     changes = SHORT | {"runs_dir": tmp_path, "precision": precision}
     done = run_series(changes=changes, **environ)
