@@ -56,7 +56,9 @@ def load_causal_lm(name: str, device="cpu"):
     """
     lm = read_model(AutoModelForCausalLM, name)
     check_lm(lm, name)
-    return lm.to(device)
+    lm = lm.to(device)
+    lm.tie_weights()  # to some devices (XLA, NPU) it goes untied, without a word
+    return lm
 
 
 @torch.no_grad()

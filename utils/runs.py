@@ -109,7 +109,8 @@ def say_errors_in_a_sentence(artefact: str):
         meant = file.parent.name in ("utils", "practice", "more")
         meant &= file.name != "ppo.py"
         meant &= linecache.getline(str(file), line).strip().startswith("raise ")
-        if isinstance(error, RuntimeError) and "out of memory" in said:
+        full = re.search("out of memory|ALLOC_FAILED", said)  # the second is cuBLAS's
+        if isinstance(error, RuntimeError) and full:
             traceback.clear_frames(trace)  # they hold the tensors
             torch.cuda.empty_cache()
             said, meant = f"{said[:200]}; lower {TO_LOWER[artefact]} in CHANGES", True

@@ -67,8 +67,8 @@ class GuardedOptimizer:
         """Add the gradients of this loss to those that are there."""
         self.scaler.scale(loss).backward()
 
-    def step(self, **figures: torch.Tensor):
-        """One step along the gradients, whose norm is clipped at 1.
+    def step(self, **figures: torch.Tensor) -> bool:
+        """One step along the gradients, whose norm is clipped at 1; was it taken?
 
         `figures` are the losses and statistics of this step, by name. With loss scaling
         a gradient may overflow: the scaler then leaves this step out and lowers its
@@ -80,7 +80,8 @@ class GuardedOptimizer:
         norm = torch.nn.utils.get_total_norm([w.grad for w in weights])
         # All in one check, since each makes the CPU wait for a GPU
         numbers = [x.detach().float().flatten() for x in (norm, *figures.values())]
-        if not torch.cat(numbers).isfinite().all():
+        finite = torch.cat(numbers).isfinite().all().item()
+        if not finite:
             if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
                 figures |= {"norm of the gradients": norm}
             for name, x in figures.items():
@@ -94,6 +95,7 @@ class GuardedOptimizer:
         torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return finite
 
     def state_dict(self) -> dict:
         """What a step depends on beside the weights."""

@@ -112,7 +112,7 @@ def step(**figures):
     steps.append(1)
     if len(steps) == 17 * 4 + 3:  # the policy has moved, and nothing is recorded
         os.kill(os.getpid(), 9)
-    real_step(**figures)
+    return real_step(**figures)
 run.optimizer.step = step
 """
 

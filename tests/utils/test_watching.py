@@ -32,10 +32,12 @@ fill()
 LOOP_HASH = f"""from practice.cells import import_cells
 loop = import_cells("3-RLHF.ipynb", *{LOOP})
 print(code_hash(*(loop[name] for name in ("train", "ppo_update"))), end="")"""
+NO_ROOM = 'raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")'
 UNKNOWN = "from utils.settings import load_settings; load_settings('tyni')"
 CELLS = {  # of one kernel: all that is said, or that it has the lines of a traceback
     FULL_GPU: r"OutOfMemoryError: CUDA out of memory.*; lower ppo_micro_batch_size, .*",
     "print(held() is None)": "True\n",
+    NO_ROOM: r"RuntimeError: .*ALLOC_FAILED; lower ppo_micro_batch_size, .*",
     UNKNOWN: "ValueError: there is no preset 'tyni'; the nearest is 'tiny'",
     "raise KeyboardInterrupt": "KeyboardInterrupt: run the cell again",
     # an accident, here or in utils; and whoever calls a formula wrongly
