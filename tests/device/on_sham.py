@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from torch.nn.utils import parameters_to_vector
 
 from practice.cells import LOOP, import_cells
 from tests.device import sham
@@ -221,6 +222,20 @@ def test_a_step_that_breaks_moves_nothing(loop, settings, fault):
         assert stats["optimizer_steps"] == 0
         assert run.optimizer.scaler.get_scale() == 2.0**39
     assert state_of(run)["policy"] == before
+
+
+def test_loss_scaling_shortens_no_step(loop, settings):
+    """In float16 an update moves the weights as far as in float32."""
+    moved = []
+    for precision in ("float32", "float16"):
+        some = dataclasses.replace(settings, precision=precision)
+        run, models = start(loop, some)
+        rollout = collected(loop, run, models, some)
+        before = parameters_to_vector(run.policy.parameters())
+        update(loop, run, rollout, some)
+        after = parameters_to_vector(run.policy.parameters())
+        moved.append((after - before).norm().item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.1), moved
 
 
 def test_an_update_ends_early(loop, settings):
