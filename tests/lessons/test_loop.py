@@ -287,7 +287,7 @@ def test_device_and_precision_are_the_best_there_are_or_named(monkeypatch, gpu, 
 
 def test_a_rollout_is_saved_before_it_is_looked_at():
     """What is looked at may fail, on a device without float64 for instance."""
-    saved, run = [], SimpleNamespace(snapshots={}, history=[])
+    saved, run = [], SimpleNamespace(policy=None, snapshots={}, history=[])
     names = {"settings": SETTINGS, "held_out": [], "run": run, "evaluate": None}
     names["checkpoint"] = SimpleNamespace(save=lambda: saved.append(True))
     pause = import_cells("3-RLHF.ipynb", "pause", names=names)["pause"]
