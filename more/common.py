@@ -41,6 +41,12 @@ def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
     return runs.mean(dim=0), float(t.ppf(0.975, n - 1)) * runs.std(dim=0) / n**0.5
 
 
+def cores() -> int:
+    """How many processor cores this process may use: a container may have fewer."""
+    known = hasattr(os, "sched_getaffinity")  # on Linux
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count()
+
+
 def write_text(path: Path, text: str):
     """Write a file as a whole: whoever reads it finds the old text or the new one."""
     beside = Path(path).with_name(f"{Path(path).name}.unfinished")

@@ -23,7 +23,7 @@ from accelerate.utils import pad_across_processes as pad
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from more.common import notebook_3
+from more.common import cores, notebook_3
 from utils import runs
 from utils.__main__ import parse
 from utils.evaluation import expected, figures_table
@@ -122,7 +122,7 @@ def launch(n: int, module: str, arguments: list[str]):
     If one of them fails, all are ended, and it says which was the first, and why.
     """
     # Threads of several processes that spin on the same cores wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     words = f"-m torch.distributed.run --standalone --nproc-per-node {n}"
     words += f" --local-ranks-filter 0 -m {module}"  # the first one alone prints
     os.execv(sys.executable, [sys.executable, *words.split(), *arguments])
@@ -148,6 +148,8 @@ def main(argv: list[str]):
         )
     if 0 < gpus < n:
         parser.error(f"{n} processes on {gpus} GPUs; start {gpus}, or set device=cpu")
+    if not gpus and n > max(2, cores()):
+        parser.error(f"{n} processes on {cores()} cores; start as many as there are")
     try:
         runs.find_artefacts(settings, "sft", "reward_model")
     except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
 import platform
 import shlex
 import subprocess
@@ -28,7 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from more.common import write_text
+from more.common import cores, write_text
 from utils.__main__ import parse
 from utils.runs import NOTEBOOKS, ROOT, find_artefacts, fingerprint
 from utils.settings import Settings
@@ -68,7 +67,7 @@ def origin() -> dict:
     names = [line.partition(": ")[2] for line in lines if "model name" in line]
     machine = {
         "cpu": names[0] if names else cpu,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -134,8 +133,8 @@ class Runs:
         seeds = range(self.seeds) if seeds is None else seeds
         keys = {(s, way): f"{part}, {way}, seed {s}" for s in seeds for way in ways}
         # The tiny model is so small that threads would only wait for each other
-        tiny, cores = self.settings.preset == "tiny", os.cpu_count()
-        threads = 1 if tiny else max(1, cores // self.processes)
+        tiny = self.settings.preset == "tiny"
+        threads = 1 if tiny else max(1, cores() // self.processes)
         start = multiprocessing.get_context("spawn")
         how = {"initializer": alone, "initargs": (threads,), "max_tasks_per_child": 1}
         pool = ProcessPoolExecutor(self.processes, start, **how)
@@ -189,8 +188,8 @@ def main(argv=None):
     least = 2 if chosen.preset == "tiny" else 1  # for an interval; one is long there
     if seeds < least:
         parser.error(f"--seeds must be {least} or more, got {seeds}")
-    if options.processes < 1:
-        parser.error(f"--processes must be 1 or more, got {options.processes}")
+    if not 1 <= (n := options.processes) <= max(2, cores()):
+        parser.error(f"--processes must be from 1 to {max(2, cores())}, got {n}")
     sets = [x for change in (*chosen.changes, *options.set) for x in ("--set", change)]
     made, _ = parse(["--preset", chosen.preset, "--only", "1", *sets])
     ((_, settings),) = made.values()

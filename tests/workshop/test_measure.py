@@ -112,7 +112,7 @@ def test_an_edit_begins_anew(known):
     [
         ("expected --seeds 1", "--seeds must be 2 or more, got 1"),
         ("speed --seeds 0", "--seeds must be 1 or more, got 0"),
-        ("race --processes 0", "--processes must be 1 or more, got 0"),
+        ("race --processes 0", r"--processes must be from 1 to \d+, got 0"),
         ("adapters --set runs_dir=nowhere", "nowhere/tiny/sft is not there: run noteb"),
         ("peaks", "invalid choice: 'peaks'"),
     ],
