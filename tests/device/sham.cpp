@@ -1,8 +1,8 @@
 // A device for tests: the CPU's kernels behind the manners of a GPU.
 //
-// Its memory is closed to the CPU and starts as NaN, tensors of two devices do not meet,
-// a generator belongs to its device, memory can be limited, float64 can be missing, and
-// a listener hears of everything for which the CPU would have to wait for a GPU.
+// Its memory is closed to the CPU and starts as NaN, tensors of two devices do not
+// meet, a generator belongs to its device, memory can be limited, float64 can be
+// missing, and a listener hears of all for which the CPU would have to wait for a GPU.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
