@@ -86,7 +86,10 @@ def start():
     module.is_available = module.is_initialized = lambda: True
     module.device_count, module.current_device = lambda: 1, lambda: 0
     module._is_in_bad_fork = module.is_bf16_supported = lambda **_: False
-    module.manual_seed_all = device.default_generator().manual_seed
+    generator = device.default_generator()
+    module.manual_seed_all = generator.manual_seed
+    module.get_rng_state = lambda _: generator.get_state()
+    module.set_rng_state = lambda state, _: generator.set_state(state)
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.max_memory_allocated = lambda *_: device.max_memory_allocated()
     module.empty_cache = lambda: None
