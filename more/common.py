@@ -15,7 +15,7 @@ from practice.cells import LOOP, import_cells
 from utils.runs import NOTEBOOKS
 
 # Of notebook 3: its models, prompts and scores, its loop, and its judges
-SERIES = ("load", "prompts", "batch", "score", "score-function")
+SERIES = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
 SERIES += (*LOOP, "judges", "evaluate")
 
 
