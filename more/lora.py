@@ -134,7 +134,7 @@ def add_adapter(
         raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
     if not name or "." in name or name in adapter_names(model):
         taken = adapter_names(model)
-        raise ValueError(f"{name!r} is taken or has a dot; take none of {taken}")
+        raise ValueError(f"{name!r} is empty, dotted or one of {taken}; change it")
     layers = linear_layers(model)
     targets = layers if targets is None else targets
     ends = {t: [x for x in layers if f".{x}".endswith(f".{t}")] for t in targets}

@@ -200,7 +200,7 @@ def pair_tokens(
         response = text[len(prompt) :]
         if text[: len(prompt)] != prompt or not response:
             raise ValueError(
-                f"the prompt is cut within a token of prompt + {name}: "
+                f"a token of prompt + {name} begins in the one and ends in the other: "
                 f"{pair['prompt'][-20:]!r} and {pair[name][:20]!r}"
             )
         if tokenizer.eos_token_id in response:

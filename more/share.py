@@ -123,6 +123,6 @@ def push(folder, name: str, private: bool = True) -> str:
         why = getattr(error, "server_message", None) or innermost(error)
         raise OSError(
             f"cannot send {name} to the Hugging Face Hub ({why}); take a name that is "
-            "free there, and set a token that may write as HF_TOKEN"
+            "free there, and set a token that may write as HF_TOKEN; or try again later"
         ) from None
     return str(made)

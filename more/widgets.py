@@ -61,7 +61,7 @@ def labelling_box(labeller: Labeller) -> ipywidgets.Widget:
         for key in keys.strip().lower():
             try:
                 labeller.answer(key)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 said = str(error)
         texts.value, bar.value = _asked(labeller.question), labeller.done
         so_far = f"{labeller.done} of {total}: {describe(labeller.report())}"

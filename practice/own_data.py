@@ -53,7 +53,7 @@ def as_reviews(found: dict, settings) -> datasets.DatasetDict:
     named = f"data set {settings.dataset_name!r}"
     if "train" not in found or wanted not in {"validation", *found} - {"train"}:
         said = f"{named} has the splits {list(found)}, and no 'train' or no {wanted!r}"
-        raise ValueError(f"{said}; correct validation_split")
+        raise ValueError(f"{said}; correct validation_split, or name other data")
     splits = {"train": "train", "validation": wanted}
     parts = {k: labelled(found[v], settings) for k, v in splits.items() if v in found}
     rows = pandas.concat(parts, names=["split"])

@@ -118,7 +118,9 @@ def main(argv=None):
             sources = [cell.source for cell in nbformat.read(file, as_version=4).cells]
             for cell, source in zip(notebook.cells, sources, strict=True):
                 cell.source = source
-            file.write_text(nbformat.writes(notebook) + "\n", encoding="utf8")
+            beside = file.with_suffix(".unfinished")  # a full disk costs no lesson
+            beside.write_text(nbformat.writes(notebook) + "\n", encoding="utf8")
+            beside.replace(file)
         if file.name[0] in "123":
             name = STAGES[int(file.name[0]) - 1]
             metrics = ROOT / settings.folder / name / "metrics.json"

@@ -16,18 +16,29 @@ from transformers import AutoTokenizer
 from practice import own_data
 
 REMEDIES = {  # by words in the classes of an error and its causes, or in the first's
-    r"PermissionError": "ask its owner for the permission",
-    r"No space": "make room",
+    r"PermissionError|Read-only": (
+        "ask its owner for the permission, or set HF_HOME to a place of yours"
+    ),
+    r"No space|[Qq]uota|enough disk": "make room",
+    r"MemoryError": "free memory, or name a smaller one",
     r"vailable configs|BuilderConfig": "name one of these with dataset_config",
 }
 OF_A_FILE = {r"": "make it anew, or name another"}
 OF_THE_HUB = {
-    r"GatedRepo|gated dataset|'403": "accept its terms on the hub, and set HF_TOKEN",
+    r"GatedRepo|gated dataset|'403": (
+        "accept its terms on the hub, and set an HF_TOKEN that may read it"
+    ),
     r"'401": "correct the name, or set, renew or unset HF_TOKEN",
-    r"certificate|CERTIFICATE": "name your company's certificate in SSL_CERT_FILE",
+    r"UnicodeEncodeError": "correct HF_TOKEN",
+    r"certificate|CERTIFICATE": (
+        "correct the clock, or name your company's certificate in SSL_CERT_FILE"
+    ),
     r"socksio": "do that, or unset ALL_PROXY",
+    r"ImportError|ModuleNotFound": "install it",
     r"'407|[Pp]roxy": "correct HTTPS_PROXY",
-    r"Connect|Timeout|Protocol|[Oo]ffline|outgoing|'429|'50\d": (
+    r"[Oo]ffline|outgoing": "unset HF_HUB_OFFLINE",
+    r"KeyError": "update the library, or name another",
+    r"Connect|Timeout|Protocol|'429|'50\d": (
         "connect or try again later, or take the preset 'tiny'"
     ),
     r"'404|NotFound": "correct the name",
@@ -203,8 +214,8 @@ def make_prompts(
     long = [s for s in unique if len(s.split()) >= longest + 2 and s not in exclude]
     if not long:
         raise ValueError(
-            f"none of the {len(sentences)} sentences has {longest + 2} words; lower "
-            "prompt_max_tokens"
+            f"none of the {len(sentences)} sentences has {longest + 2} words and is "
+            "new; lower prompt_max_tokens, or name other data"
         )
     rng.shuffle(long)
     front, prompts = len(tokens_in_front(tokenizer)), []

@@ -83,7 +83,7 @@ def check_lm(lm: nn.Module, name: str):
     if fault:
         raise ValueError(
             f"{name!r} cannot be read as GPT-2's or Llama's kind is, cached, behind "
-            f"padding ({fault}); name another model, such as 'gpt2'"
+            f"padding ({fault}); make it anew, or name another, such as 'gpt2'"
         )
 
 

@@ -236,7 +236,7 @@ def score_scale(raw_scores: Tensor, dtype: torch.dtype) -> tuple[float, float]:
             f"the reward model says the same to {len(raw_scores)} SFT responses, or no "
             f"number: raw scores around {mean:.3g} with a spread of {std:.0e} in "
             f"{str(dtype).removeprefix('torch.')}; train it on more data, with another "
-            "seed or rm_lr"
+            "seed or rm_lr, or set precision to float32"
         )
     return mean, std
 

@@ -42,7 +42,7 @@ NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS
 STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
 FILES = ("ppo", "models", "rollout", "training")  # that the loop of PPO reaches
 TO_LOWER = dict.fromkeys(STAGES[:2], "batch_size or max_tokens")
-TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_rollout_size or max_new_tokens"
+TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_minibatch_size or ppo_rollout_size"
 
 
 def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False):
@@ -106,14 +106,15 @@ def say_errors_in_a_sentence(artefact: str):
     def show(shell, kind, error, trace, tb_offset=None):
         *_, (frame, line) = traceback.walk_tb(trace)
         file, said = Path(frame.f_code.co_filename), str(error) or "run the cell again"
-        meant = file.parent.name in ("utils", "practice", "more")
+        meant = file.parent in [ROOT / room for room in ("utils", "practice", "more")]
         meant &= file.name != "ppo.py"
         meant &= linecache.getline(str(file), line).strip().startswith("raise ")
         full = re.search("out of memory|ALLOC_FAILED", said)  # the second is cuBLAS's
         if isinstance(error, RuntimeError) and full:
             traceback.clear_frames(trace)  # they hold the tensors
             torch.cuda.empty_cache()
-            said, meant = f"{said[:200]}; lower {TO_LOWER[artefact]} in CHANGES", True
+            said = f"{said[:200]}; lower {TO_LOWER[artefact]} in CHANGES, or end the "
+            said, meant = f"{said}kernels that hold the rest of the GPU", True
         if meant or kind is KeyboardInterrupt:
             error._render_traceback_ = lambda: [f"{kind.__name__}: {said}"]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
@@ -130,7 +131,7 @@ def check_all(checks, failure: str, anyway: bool = False):
     print("\n".join(f"{'✓' if good else '✗'} {sentence}" for sentence, good in checks))
     wrong = [sentence for sentence, good in checks if not good]
     if wrong and not anyway:
-        raise RuntimeError(f"{failure}, since it is not so that {'; '.join(wrong)}")
+        raise RuntimeError(f"{failure}; not true: {'; '.join(wrong)}")
 
 
 def show_source(*things) -> Markdown:
@@ -147,7 +148,7 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     `settings.json` stand beside the model. Raises OSError if it cannot be written.
     """
     folder = settings.folder / name
-    unfinished, old = (folder.with_name(name + end) for end in (".unfinished", ".old"))
+    unfinished, old = (folder.with_name(f".{name}.{x}") for x in ("new", "old"))
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished)
@@ -158,7 +159,7 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         said = f"cannot save {folder} ({innermost(error)})"
-        raise OSError(f"{said}; make room, and run this cell again") from error
+        raise OSError(f"{said}; make room there, and run this cell again") from error
     for file in unfinished.iterdir():  # safetensors makes its files the owner's alone
         file.chmod((unfinished / "settings.json").stat().st_mode)
     shutil.rmtree(old, ignore_errors=True)
@@ -177,7 +178,7 @@ def find_artefacts(settings, *names: str) -> list[str]:
     """
     folders = [settings.folder / name for name in names]
     for name, folder in zip(names, folders, strict=True):
-        number, old = STAGES.index(name) + 1, folder.with_name(f"{name}.old")
+        number, old = STAGES.index(name) + 1, folder.with_name(f".{name}.old")
         if old.exists() and not folder.exists():  # an interrupt came between renamings
             old.rename(folder)
         if not folder.exists():
@@ -298,8 +299,8 @@ class Checkpoint:
             state = torch.load(place, map_location="cpu", weights_only=True)
             then = state.pop("key")
         except Exception as error:
-            said = f"cannot read {place} ({innermost(error)}); to begin anew, delete it"
-            raise OSError(said) from error
+            said = f"cannot read {place} ({innermost(error)}); try again, or delete it "
+            raise OSError(f"{said}if it is damaged: PPO then begins anew") from error
         if changed := [name for name in self.key if self.key[name] != then.get(name)]:
             os.replace(place, aside)
             print(f"PPO begins anew: {place} had other {' and '.join(changed)}")

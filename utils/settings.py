@@ -145,7 +145,8 @@ def _converted(name: str, kind: type, value):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     least = LEAST.get(name, 1 if kind is int else ABOVE_0)
     if kind in (int, float) and not least <= value <= most:
-        bound = "above 0" if least == ABOVE_0 else f"from {least} to {most}"
+        bound = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+        bound = "above 0" if least == ABOVE_0 else bound
         raise ValueError(f"{name} must be {bound}, got {value}")
     return value
 

@@ -168,8 +168,7 @@ class Runs:
         if len(counts) > 1:
             said = " and ".join(f"{way} {n:,}" for n, way in counts.items())
             raise ValueError(
-                f"{part}: {said} episodes cannot be compared; let every way have the "
-                f"same number, and delete {self.file}"
+                f"{part}: {said} episodes cannot be compared; let all have as many"
             )
 
 

@@ -155,6 +155,7 @@ def real_run(runs) -> dict:
             figures.setdefault(name, {})[when] = values
     found["peak_gib"] = max(max(x) for x in found["peak_gib"].values())
     found |= {"figures": figures}
+    folder = folder if folder != ROOT else runs.folder  # it has pages of these names
     (folder / "README.md").write_text(page(runs.head | found), "utf8")
     for number in "123":
         name = NOTEBOOKS[number]

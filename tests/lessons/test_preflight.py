@@ -60,7 +60,7 @@ SICK = {
     "run.policy.train()": "dropout is off",
     "reward_model.train()": "dropout is off",
     "reference.requires_grad_()": "are frozen",
-    "reward_model.trunk = freeze(run.policy.lm.base_model)": "they share no weight",
+    "reward_model.trunk = freeze(run.policy.lm.base_model)": "shares no weight",
     "run.optimizer = fresh_run(small_lm(), settings).optimizer": "the optimiser holds",
     "run.optimizer.optimizer.param_groups.pop()  # the head's": "the optimiser holds",
     "tokenizer = small_tokenizer('abcdefghj')": "the same tokenizer",
@@ -77,7 +77,7 @@ HOPELESS = {  # or not learn
     "measured(accuracy=0.9, baseline=0.9, n=800)": "right on 90.0%, above 92.5%",
     "measured(accuracy=1.0, baseline=0.6, n=3)": "right on 100.0%",
     "sft_responses = [[3, 4]] * 6 + [[3, eos_id]] * 4": "end in EOS (40.0%)",
-    "sft_responses = [[3, eos_id]] * 60 + [[4, eos_id]] * 4": "they differ",
+    "sft_responses = [[3, eos_id]] * 60 + [[4, eos_id]] * 4": "responses differ",
 }
 
 

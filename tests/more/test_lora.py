@@ -233,7 +233,7 @@ ADDED = {
     "must be 1 or more, got 0": {"rank": 0},
     "no layer is called 'q'; take targets from c_attn, c_fc": {"targets": ["q"]},
     "no layer is called 'wte'": {"targets": ["c_fc", "wte"]},
-    "'a.b' is taken or has a dot": {"name": "a.b"},
+    "'a.b' is empty, dotted or one of": {"name": "a.b"},
     r"'one' is taken .*; take none of \['one'\]": {"name": "one"},
 }
 

@@ -148,8 +148,11 @@ def test_the_split_shares_no_prompt():
 @pytest.mark.parametrize(
     "texts, says",
     [
-        (("the pl", "ot is fine .", " is"), "cut within a token of prompt + chosen"),
-        (("the pl", " is", "ot is dull"), "within a token of prompt + rejected"),
+        (
+            ("the pl", "ot is fine .", " is"),
+            "a token of prompt + chosen begins",
+        ),
+        (("the pl", " is", "ot is dull"), "a token of prompt + rejected begins"),
         (
             ("the plot", " is<|endoftext|>", " is"),
             "chosen holds the EOS token '<|endof",
