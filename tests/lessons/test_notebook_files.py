@@ -201,8 +201,9 @@ def test_the_readme_shows_the_first_ten_prompts_of_the_real_run():
 def test_the_readme_shows_the_figures_of_both_runs():
     """As the outputs of notebook 3, and the means over the seeds."""
     real = json.loads((ROOT / "docs/real-run/results.json").read_text())["figures"]
-    lines = printed(code_cells(NOTEBOOKS["3"])["after"]).splitlines()
+    lines = printed(code_cells(NOTEBOOKS["3"])["after-table"]).splitlines()
     tiny = {line[:42].strip(): line[42:62].split() for line in lines}
+    assert len(tiny) > 12
     for figure, (name, spec) in FIGURES.items():
         row = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.M)[1]
         before, after, *theirs = (column.strip() for column in row.split(" | "))

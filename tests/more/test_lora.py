@@ -234,7 +234,7 @@ ADDED = {
     "no layer is called 'q'; take targets from c_attn, c_fc": {"targets": ["q"]},
     "no layer is called 'wte'": {"targets": ["c_fc", "wte"]},
     "'a.b' is empty, dotted or one of": {"name": "a.b"},
-    r"'one' is taken .*; take none of \['one'\]": {"name": "one"},
+    r"'one' is .* one of \['one'\]; change it": {"name": "one"},
 }
 
 

@@ -173,7 +173,8 @@ def test_a_damaged_or_foreign_checkpoint_is_an_error_and_stays(settings, fault):
     run = Started(settings).go(until=2)
     SPOILED[fault](run.path)
     content = run.path.read_bytes()
-    with pytest.raises(OSError, match=r"cannot read .*ppo\.pt \(.*delete it$"):
+    says = r"cannot read .*ppo\.pt \(.*delete it if it is damaged"
+    with pytest.raises(OSError, match=says):
         Started(settings)
     assert run.path.read_bytes() == content
     run.checkpoint.discard()
