@@ -43,8 +43,8 @@ def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
 
 def cores() -> int:
     """How many processor cores this process may use: a container may have fewer."""
-    known = hasattr(os, "sched_getaffinity")  # on Linux
-    return len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    get = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(get(0)) if get else os.cpu_count()
 
 
 def write_text(path: Path, text: str):
