@@ -59,6 +59,18 @@ def test_whitening_of_nothing_of_equal_numbers_and_with_any_mask():
         torch.testing.assert_close(white, expected, atol=1e-6, rtol=0)
 
 
+def test_what_is_learned_from_carries_no_gradient():
+    """Rewards, advantages, returns and statistics are numbers to the losses."""
+    draw, mask = random_case(0)
+    a, b, c = (draw().requires_grad_() for _ in range(3))
+    found = [ppo.token_rewards(a[:, 0], a, b, mask, 0.1), *ppo.compute_gae(a, b, mask)]
+    for function in (ppo.policy_loss, ppo.value_loss):
+        loss, stats = function(a, b, c, mask)
+        assert loss.requires_grad
+        found += stats.values()
+    assert not any(x.requires_grad for x in found)
+
+
 def test_what_holds_if_nothing_else_is_named():
     draw, mask = random_case(0)
     a, b, c = (draw() for _ in range(3))
