@@ -120,6 +120,8 @@ def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder; name the one to collect from")
     released = sorted((course / "release").glob("*/*.ipynb"))
+    if not released:
+        raise ValueError(f"{course} has no release; run exercises.release first")
     exercises = {path.stem: nbformat.read(path, as_version=4) for path in released}
     found, placed, not_placed = defaultdict(list), [], []
     for path in sorted(folder.rglob("*")):

@@ -91,7 +91,7 @@ def as_reviews(found: dict, settings) -> datasets.DatasetDict:
     for part, some in (("train", train), ("validation", validation)):
         if some.label.nunique() < 2:
             said = f"the {len(some)} rows of {part} in {named} have not both labels"
-            raise ValueError(f"{said}; take more rows, or correct positive_label")
+            raise ValueError(f"{said}; take others, or correct positive_label")
         result[part] = datasets.Dataset.from_pandas(some, preserve_index=False)
     return result
 

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
+from utils.data import innermost
 from utils.evaluation import expected, figures_table
 from utils.runs import NOTEBOOKS, ROOT, STAGES
 from utils.settings import PRESETS, load_settings
@@ -110,9 +111,10 @@ def main(argv=None):
             if getattr(error, "ename", "KeyboardInterrupt") != "KeyboardInterrupt":
                 sys.exit(f"\n{file.name} failed. The cell and its error:\n\n{error}")
             sys.exit(
-                f"\n{file.name} lost its kernel: interrupted, or out of memory (then "
-                "lower the batch sizes); run the same command again, with --only for "
-                "what is left. PPO goes on from where it was saved last."
+                f"\n{file.name} lost its kernel ({innermost(error)}): interrupted, or "
+                "out of memory (then lower the batch sizes); run the same command "
+                "again, with --only for what is left. PPO goes on from where it was "
+                "saved last."
             )
         if save_outputs:
             sources = [cell.source for cell in nbformat.read(file, as_version=4).cells]

@@ -103,7 +103,7 @@ def load_tokenizer(name: str):
     eos, words = tokenizer.eos_token, len(tokenizer) - len(tokenizer.all_special_ids)
     if eos is None or words < 1:
         said = f"{str(name)!r} has {words} words and the EOS {eos!r}"
-        raise ValueError(f"the tokenizer of {said}; name one whose texts can end")
+        raise ValueError(f"the tokenizer of {said}; add its files, or name another")
     return tokenizer
 
 

@@ -70,8 +70,12 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
     settings = load_settings(preset, changes)
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on a model this small, more only wait for each other
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=settings.folder).close()  # raises where none may write
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.folder).close()
+    except OSError as error:
+        said = f"cannot write into {settings.folder} ({innermost(error)})"
+        raise OSError(f"{said}; set runs_dir to a folder of yours") from error
     tiny_world.prepare(settings)
     name, device = settings.model_name, get_device(settings)
     with loading("model", name):

@@ -151,7 +151,7 @@ def test_setup_finds_the_repository(tmp_path, github, folder, given, said, found
 
 def test_a_repository_that_cannot_be_cloned_is_a_sentence(tmp_path, github):
     said = setup_in(tmp_path, {**github, "GIT_CONFIG_KEY_0": "url./nowhere/.insteadOf"})
-    assert said.endswith("write this notebook's address into REPOSITORY, above")
+    assert said.endswith("OWNER/REPO: see above, or set REPOSITORY")
 
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "exercises/README.md"]
