@@ -38,6 +38,10 @@ def read_splits(name: str, config: str = "") -> dict[str, datasets.Dataset]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         found = datasets.load_from_disk(name)
         return found if isinstance(found, dict) else {"train": found}
+    if path.is_dir() and name != glob.escape(name):
+        raise ValueError(
+            "its path holds [, * or ?, which is a pattern; rename it"
+        )
     return datasets.load_dataset(name, config or None)
 
 

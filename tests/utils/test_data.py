@@ -178,6 +178,9 @@ def written(path, content):
 @pytest.mark.parametrize("file", FILES)
 def test_files_and_folders(tmp_path, file):
     folder = tmp_path / ("in a folder" if file == "folder" else "in [a] folder")
+    if file == "folder":
+        other = written(tmp_path / "in [a] folder" / file, FILES[file])
+        refused("which is a pattern; rename it", load, other)
     found = load(written(folder / file, FILES[file]))
     rows = sorted((row["sentence"], row["label"]) for row in ROWS)
     assert sorted(found["train"] + found["validation"]) == rows
