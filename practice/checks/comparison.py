@@ -116,7 +116,9 @@ def _quantities(calls, names, leaves, read, function) -> dict:
     return quantities
 
 
-def compare(name: str, call, expected: dict, mistakes=()) -> Result:
+def compare(
+    name: str, call, expected: dict, mistakes=(), tolerance=TOLERANCE
+) -> Result:
     """Compare what `call()` returns with what is expected, and print the outcome.
 
     `expected` maps the name of each quantity to a tensor or number; `call()` must
@@ -142,13 +144,13 @@ def compare(name: str, call, expected: dict, mistakes=()) -> Result:
         if got[key].shape != value.shape:
             shapes = f"{tuple(got[key].shape)}, expected {tuple(value.shape)}"
             return result(f"its {key} has the shape {shapes}")
-    wrong = _apart(got, expected)
+    wrong = _apart(got, expected, tolerance)
     gaps = [_gaps(got[key], expected[key]).max().item() for key in wrong or expected]
     difference = max(gaps)
     if not wrong:
         return result()
     for sentence, changed in mistakes:
-        if wrong[0] in changed and not _apart(got, _as_tensors(changed)):
+        if wrong[0] in changed and not _apart(got, _as_tensors(changed), tolerance):
             return result(f"this is what you get when {sentence}")
     yours, right = got[wrong[0]], expected[wrong[0]]
     worst = _gaps(yours, right).argmax()
@@ -168,6 +170,6 @@ def _gaps(a, b):
     return (a - b).abs().nan_to_num(math.inf, math.inf)
 
 
-def _apart(got, others):
+def _apart(got, others, tolerance=TOLERANCE):
     """The names of those of the other quantities that are too far away."""
-    return [key for key, x in others.items() if _gaps(got[key], x).max() > TOLERANCE]
+    return [key for key, x in others.items() if _gaps(got[key], x).max() > tolerance]
