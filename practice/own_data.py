@@ -39,9 +39,7 @@ def read_splits(name: str, config: str = "") -> dict[str, datasets.Dataset]:
         found = datasets.load_from_disk(name)
         return found if isinstance(found, dict) else {"train": found}
     if path.is_dir() and name != glob.escape(name):
-        raise ValueError(
-            "its path holds [, * or ?, which is a pattern; rename it"
-        )
+        raise ValueError("its path holds [, * or ?, which is a pattern; rename it")
     return datasets.load_dataset(name, config or None)
 
 
