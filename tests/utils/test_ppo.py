@@ -119,6 +119,15 @@ def test_the_largest_ratio_is_a_real_tokens():
     assert stats["ratio_max"].item() == about(0.5)
 
 
+def test_adaptive_kl_by_hand():
+    """10 % above the target, then far above, then far below; each from the last."""
+    control, expected = ppo.AdaptiveKL(kl_coef=0.2, target=6.0, horizon=10_000), 0.2
+    for kl, error in ((6.6, 0.1), (60.0, 0.2), (0.0, -0.2)):
+        expected *= 1 + error * 0.05
+        assert control.update(kl, n_episodes=500) == pytest.approx(expected)
+        assert control.kl_coef == pytest.approx(expected)
+
+
 def of_vocabulary(x, mask):
     """The entropy of two words, of which this is the one's logit."""
     return ppo.entropy(torch.stack([x, torch.ones_like(x)], dim=-1), mask)
