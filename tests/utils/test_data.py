@@ -228,6 +228,15 @@ def tokenizer(world):
 MACHINE = {  # of an error and its first cause the latter counts, and its remedy
     "PermissionError: .*; ask its owner for the perm": PermissionError(13, "Denied"),
     "OSError: .*No space.*; make room": OSError(28, "No space left on device"),
+    "OSError: .*quota.*; make room": OSError(122, "Disk quota exceeded"),
+    "OSError: .*Read-only.*; .*HF_HOME": OSError(30, "Read-only file system"),
+    "MemoryError: .*; free memory": MemoryError("tried 9 GiB"),
+}
+OF_A_NAME = {
+    "ModuleNotFoundError: .*; install it": ModuleNotFoundError("No module named 'x'"),
+    "KeyError: .*; update the library": KeyError("a new kind"),
+    "; correct HF_TOKEN$": UnicodeEncodeError("ascii", "hf_…", 3, 4, "ordinal"),
+    "disabled.*; unset HF_HUB_OFFLINE": OSError("outgoing traffic is disabled"),
 }
 
 
@@ -238,6 +247,19 @@ def test_what_the_machine_did_is_no_fault_of_the_file(tmp_path, says):
             raise RuntimeError("damaged") from MACHINE[says]
 
     refused(says, load)
+
+
+@pytest.mark.parametrize("says", OF_A_NAME)
+def test_what_the_machine_did_is_no_fault_of_the_name(monkeypatch, says):
+    def fail(*_, **__):
+        raise OF_A_NAME[says]
+
+    def load():
+        with data.loading("model", "me/model"):
+            raise RuntimeError("not in the cache")
+
+    monkeypatch.setattr(data, "repo_info", fail)
+    refused(rf"^cannot load the model 'me/model' \(.*{says}", load)
 
 
 def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world):
