@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.data import tokenize
+from utils.ppo import check_shapes
 from utils.rollout import has_ended, response_tokens, squash
 
 # The figures of the three notebooks by name: what each is, and how it is printed
@@ -117,6 +118,32 @@ def measure_rollouts(
     figures["perplexity"] = math.exp(-ref / n_tokens)
     figures |= {f"distinct_{n}": distinct_n(tokens, n) for n in (1, 2)}
     return figures, rows
+
+
+def best_possible(
+    scores: Tensor, log_ratios: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """What the best policy of all reaches with each prompt, and how it would choose.
+
+    No policy has a higher J = E[R] - beta KL than pi* = pi_ref e^(R / beta) / Z, and
+    its J* is beta log Z, with Z = E_ref[e^(R / beta)]. Half of the K responses to each
+    prompt are the reference's and half some policy's, so that Z is a mean over what
+    either writes, each with its weight under the mixture:
+
+    w = pi_ref / (pi_ref / 2 + pi / 2) e^(R / beta),   J* = beta log mean w
+
+    Scores and log_ratios (log pi - log pi_ref of the response, nats) are (P, K). It
+    gives J* (P,), in units of the score, and weights (P, K) that add up to 1 for each
+    prompt; 1 / (sum of their squares) is the effective number of responses. Rafailov et
+    al. 2023 (arXiv 2305.18290), equation 4, for pi*; Veach & Guibas 1995, "Optimally
+    Combining Sampling Techniques", equation 9, for the mixture (by Owen & Zhou 2000
+    called deterministic). Raises ValueError if the shapes disagree.
+    """
+    check_shapes(scores=scores, log_ratios=log_ratios)
+    # log 2 / (1 + pi / pi_ref) is the factor before e^(R / beta)
+    logs = scores / kl_coef + math.log(2) - F.softplus(log_ratios)
+    best = kl_coef * (logs.logsumexp(dim=1) - math.log(logs.shape[1]))
+    return best, logs.softmax(dim=1)
 
 
 def expected(settings) -> dict[str, list[float]]:

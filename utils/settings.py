@@ -60,7 +60,7 @@ class Settings:
     missing_eos_score: float = -2.0  # of a response that never ends [normalised score]
     normalise_samples: int = 512  # SFT responses that fix the scale of the scores
     eval_prompts: int = 256  # held-out prompts, before and after [responses]
-    possible_samples: int = 32  # SFT responses to each, for the best possible
+    possible_samples: int = 32  # of SFT model and policy each, for the best possible
 
     # How it runs; none of these changes what comes out
     runs_dir: str = "runs"  # models and checkpoints: <runs_dir>/<preset>/ [folder]

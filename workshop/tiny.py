@@ -18,6 +18,7 @@ import torch
 from more import common
 from practice import exact_world
 from practice.cells import LOOP, import_cells
+from utils.evaluation import best_possible
 from utils.models import PolicyWithValueHead, freeze, load_causal_lm
 from utils.runs import NOTEBOOKS, ROOT, prepare
 
@@ -45,9 +46,8 @@ def lesson(three, number: str, *cells: str, **names) -> SimpleNamespace:
 
 def judged(three, run, settings) -> dict:
     """The figures of a run of PPO's loop, as notebook 3's models and judges see it."""
-    scores = three.reference_scores(three.held_out, settings.possible_samples)
     evaluate = partial(three.evaluate, show_progress=False)
-    names = {"run": run, "settings": settings, "evaluate": evaluate, "possible": scores}
+    names = {"run": run, "settings": settings, "evaluate": evaluate}
     figures = lesson(three, "3", "after", **names).after
     return figures | {"episodes": len(run.history) * settings.ppo_rollout_size}
 
@@ -227,7 +227,7 @@ def offline(settings, seed, price, rate, passes, size) -> dict:
 def untrained(settings, seed) -> dict:
     """The points of best-of-n and of the best possible, from the SFT model's texts."""
     three = notebook(settings, seed)
-    seven = lesson(three, "7", "frontier-point", "best-of-n", "best-possible")
+    seven = lesson(three, "7", "frontier-point", "best-of-n")
     sft = PolicyWithValueHead(three.reference).eval()
     _, rows = three.evaluate(sft, three.held_out * CANDIDATES)
     # The prompts come round: each round is a column
@@ -243,7 +243,8 @@ def untrained(settings, seed) -> dict:
     for n in NUMBERS:  # equal texts score the same up to rounding
         add("best-of-n", f"{n}", seven.best_of_n(log_ref, scores.round(decimals=4), n))
     for price in POSSIBLE_PRICES:
-        add("best possible", f"{price:g}", seven.best_possible(scores, price)[0].log())
+        _, weights = best_possible(scores.double(), 0 * scores, price)
+        add("best possible", f"{price:g}", weights.log())
     return found
 
 

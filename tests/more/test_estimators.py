@@ -1,7 +1,6 @@
 """REINFORCE, RLOO and GRPO by hand, and their groups; see also `practice/checks`."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,31 +95,6 @@ def test_a_group_is_one_prompt_again_and_again():
     in_groups = import_cells(NOTEBOOKS["5"], "in-groups")["in_groups"]
     prompts = in_groups(lambda step: [[step, i] for i in range(6)], 3)
     assert prompts(7) == [[7, 0]] * 3 + [[7, 3]] * 3
-
-
-def test_the_best_possible_by_hand():
-    """Two prompts, two responses each, of which the better one is worth 1 more."""
-    scores, beta = torch.tensor([[0.0, 1.0], [3.0, 2.0]]), 0.5
-    w = 1 / (1 + math.exp(-1 / beta))  # of the better one
-    seven = import_cells(NOTEBOOKS["7"], "best-possible")
-    weights, found = seven["best_possible"](scores, beta)
-    assert weights.flatten().tolist() == pytest.approx([1 - w, w, w, 1 - w])
-    kl = w * math.log(2 * w) + (1 - w) * math.log(2 * (1 - w))
-    expected = {"score": 1 + w, "kl": kl, "objective": 1 + w - beta * kl}
-    assert found == pytest.approx(expected)
-    # J* = beta log mean exp(R / beta) is the same number
-    by_prompt = (scores / beta).exp().mean(dim=1).log() * beta
-    assert found["objective"] == pytest.approx(by_prompt.mean().item(), abs=1e-6)
-    # Notebook 3: a quarter of the way from the reference's mean score, 1.5, to that
-    way = 1.5 + (expected["objective"] - 1.5) / 4
-    figures = {"score": way + beta * 2.0, "kl": 2.0}
-    names = {"evaluate": lambda policy: (dict(figures), []), "possible": scores}
-    names |= {"run": SimpleNamespace(policy=None)}
-    for price in (beta, 0.0):  # without a price nothing is the best possible
-        names["settings"] = SimpleNamespace(kl_coef=price)
-        gain = import_cells(NOTEBOOKS["3"], "after", names=names)["after"]
-        more = {"objective": way, "share": 0.25} if price else {"objective": way + 1}
-        assert gain == pytest.approx(figures | more)
 
 
 def test_an_interval_is_students():

@@ -73,15 +73,26 @@ def test_every_figure_from_the_texts_alone(capsys):
     assert measuring(seed=43)["evaluate"](policy)[1] != rows
 
 
-def test_the_scores_of_the_reference_stand_in_their_prompts_rows():
+def test_several_responses_stand_in_their_prompts_rows():
+    seen = []
+
+    def collect(writer, other, score, prompts, *rest):
+        seen.extend(prompts)
+        ids = torch.tensor([float(p[0]) for p in prompts])
+        logprobs = torch.ones(len(prompts), 2)
+        return SimpleNamespace(
+            scores=ids + torch.arange(len(ids)) / 10,
+            old_logprobs=logprobs * ids[:, None],
+            ref_logprobs=logprobs * other,
+        )
+
     cells = measuring()
-    cells["measure_scores"] = lambda prompts: (
-        torch.arange(6) + 100 * torch.tensor([p[0] for p in prompts]),
-        [[EOS] if len(p) > 1 else [3] for p in prompts],
-    )
-    cells["normalise"] = lambda raw, ended: torch.where(ended, raw, -1.0)
-    found = cells["reference_scores"]([[5, 6], [3], [4, 2]], 2)
-    assert found.tolist() == [[500, 503], [-1, -1], [402, 405]]
+    cells["collect_rollout"] = collect
+    scores, log_ratios = cells["sample_scores"](None, 1.0, [[5, 6], [3], [4, 2]], 2)
+    assert seen == [[5, 6], [5, 6], [3], [3], [4, 2], [4, 2]]
+    expected = torch.tensor([[5.0, 5.1], [3.2, 3.3], [4.4, 4.5]]).double()
+    assert scores.allclose(expected) and scores.dtype == torch.float64
+    assert log_ratios.tolist() == [[8, 8], [4, 4], [6, 6]]
 
 
 def test_distinct_words_and_what_the_judge_learns():
@@ -93,26 +104,40 @@ def test_distinct_words_and_what_the_judge_learns():
     assert judge(["a funny plot", "a dull plot EOS"]) == [True, False]
 
 
-def share(score, kl, possible, beta):
-    """What the cell that measures the trained policy makes of these figures."""
-    figures, rows = {"score": score, "kl": kl}, [{"reward": 0.5}]
-    names = {"settings": dataclasses.replace(SETTINGS, kl_coef=beta)}
-    names |= {"evaluate": lambda policy: (dict(figures), rows), "possible": possible}
-    names |= {"run": SimpleNamespace(policy=None), "before": {}, "rows_before": rows}
-    after = import_cells("3-RLHF.ipynb", "after", names=names)["after"]
-    assert after["objective"] == pytest.approx(score - beta * kl)
-    return after.get("share")
+def measured(sft, policy, beta):
+    """What the cell `after` makes of these (score, log-ratio) of each model."""
+    figures, run = {"score": 2.0, "kl": 9.0}, SimpleNamespace(policy=MODELS[0])
+    names = {"settings": dataclasses.replace(SETTINGS, kl_coef=beta), "run": run}
+    names |= {"evaluate": lambda policy: (dict(figures), []), "held_out": PROMPTS[:2]}
+    samples = {"sft": torch.tensor(sft).double(), MODELS[0]: torch.tensor(policy)}
+    names |= {"sft_policy": "sft", "reference": "reference"}
+
+    def sample_scores(writer, other, prompts, n):
+        assert other == {"sft": MODELS[0].lm, MODELS[0]: "reference"}[writer]
+        scores, ratios = samples[writer].T
+        return scores.expand(2, -1), ratios.double().expand(2, -1)
+
+    cells = import_cells("3-RLHF.ipynb", "after", names=names | locals())
+    assert cells["after"]["objective"] == pytest.approx(2 - 9 * beta)
+    return cells
 
 
-def test_the_best_possible_of_two_responses_by_hand():
-    """One is better by beta log 3: it gets three quarters, and J* is beta log 2."""
-    scores = torch.tensor([[0.0, 0.5 * math.log(3)], [1.0, 1.0]])
-    kl, start = (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2, scores.mean().item()
-    score, most = (0.375 * math.log(3) + 1) / 2, (0.5 * math.log(2) + 1) / 2
-    halfway = (start + most) / 2 + 0.5 * 3
-    for *figures, part in ((start, 0, 0), (score, kl, 1), (halfway, 3, 0.5)):
-        assert share(*figures, scores, 0.5) == pytest.approx(part, abs=1e-6)
-    assert share(2.0, 9.0, scores, 0.0) is None  # without a price there is no best
+def test_the_share_of_the_best_possible_of_two_responses_by_hand():
+    """Equally likely, one better by beta log 3: pi* is 1/4, 3/4, and J* beta log 2."""
+    beta, better = 0.5, 0.5 * math.log(3)
+    cells = measured([(0, 0), (better, 0)], [(0, 0), (better, 0)], beta)
+    known = {"J_best": beta * math.log(2), "J_ref": better / 2, "J": better / 2}
+    known |= {"missing": math.log(4 / 3) / 2}  # the KL of 1/2, 1/2 to pi*
+    assert {k: cells[k].tolist() for k in known} == {
+        k: pytest.approx([x, x]) for k, x in known.items()
+    }
+    assert cells["after"]["share"] == pytest.approx(0)
+    worse, more = (0, math.log(1 / 2)), (better, math.log(3 / 2))
+    sft = [(score, -ratio) for score, ratio in (worse, worse, more, more)]
+    cells = measured(sft, [worse, more, more, more], beta)  # the policy is pi*
+    assert cells["J_best"].tolist() == pytest.approx([beta * math.log(2)] * 2)
+    assert cells["after"]["share"] == pytest.approx(1)
+    assert "share" not in measured(sft, [worse], 0.0)["after"]  # no price, no best
 
 
 def test_what_is_expected_is_that_of_the_preset(monkeypatch):
