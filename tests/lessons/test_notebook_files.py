@@ -1,6 +1,8 @@
 """The rules for the notebook files and pages, as they are committed."""
 
+import functools
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -70,6 +72,53 @@ def test_every_picture_of_the_page_has_words(name):
     assert pictures
     for picture in pictures:
         assert len(picture.metadata["image/png"]["alt"]) > 10
+
+
+NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
+# In prose: with a decimal point, or a percentage; no part of a formula or a name
+MEASURED = r"(?<![\w.,/\[({=^_-])([−-]?\d[\d,]*\.\d+|[−-]?\d[\d,]*(?= ?%))(?![\w.]*\d)"
+NO_PROSE = r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|\([^)]*arXiv[^)]*\)|^    .*$"
+CONSTANTS = (math.log(2), 95.0)  # 95 %: the confidence of an interval
+
+
+def as_number(text):
+    return abs(float(text.replace(",", "").replace("−", "-")))
+
+
+@functools.cache
+def numbers_on(name):
+    """All numbers of a lesson's code, its outputs, and the files that it reads."""
+    texts = []
+    for cell in code_cells(name).values():
+        tables = [out.get("data", {}).get("text/markdown", "") for out in cell.outputs]
+        files = re.findall(r"docs/[\w/-]+\.json", cell.source)
+        texts += [cell.source, printed(cell), *tables]
+        texts += [(ROOT / file).read_text("utf8") for file in files]
+    return [as_number(x) for text in texts for x in re.findall(NUMBER, text)]
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_number_in_prose_stands_in_an_output(name):
+    """Of this lesson, or of another that the paragraph names; rounded, or in percent.
+
+    So an output that changed leaves no old figure behind, unless it is there elsewhere.
+    """
+    prose = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+    stray = []
+    for text in "\n".join(prose).splitlines():
+        others = [NOTEBOOKS[x] for x in re.findall(r"(?:notebook|lesson) (\d)", text)]
+        known = {x for page in (name, *others) for x in numbers_on(page)}
+        text = re.sub(NO_PROSE, " ", text)
+        for found in re.finditer(MEASURED, text):
+            value, percent = (
+                as_number(found[1]),
+                text[found.end() :].lstrip()[:1] == "%",
+            )
+            near = 0.5001 * 10.0 ** -len(found[1].partition(".")[2])
+            scaled = {100 * x for x in known} if percent else set()
+            if all(abs(x - value) > near for x in {*CONSTANTS, *known, *scaled}):
+                stray.append((found[1], text))
+    assert stray == []
 
 
 def test_the_first_two_cells_are_the_same_everywhere():

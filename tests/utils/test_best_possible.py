@@ -67,6 +67,11 @@ def test_in_an_exact_world(sharper, beta, seed):
         assert max(off[1:]) < -0.03 and once <= 0.3
 
 
+def test_shapes_that_disagree():
+    with pytest.raises(ValueError, match=r"scores \(2, 4\), log_ratios \(2, 3\)"):
+        best_possible(torch.zeros(2, 4), torch.zeros(2, 3), 0.1)
+
+
 def test_a_distance_is_what_is_missing():
     """J* - J(pi) = beta KL(pi || pi*), to the last digits."""
     for sharper, beta, seed in NEAR + FAR:

@@ -137,6 +137,8 @@ def test_the_share_of_the_best_possible_of_two_responses_by_hand():
     cells = measured(sft, [worse, more, more, more], beta)  # the policy is pi*
     assert cells["J_best"].tolist() == pytest.approx([beta * math.log(2)] * 2)
     assert cells["after"]["share"] == pytest.approx(1)
+    each = [(4 / 3 if score == 0 else 12 / 5) / 16 for score, _ in sft]  # of 16 in all
+    assert cells["weights"][0, :4].tolist() == pytest.approx(each)
     assert "share" not in measured(sft, [worse], 0.0)["after"]  # no price, no best
 
 
