@@ -1,11 +1,14 @@
 """The rules for the notebook files and pages, as they are committed."""
 
+import contextlib
 import functools
 import json
 import math
 import re
 import statistics
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import nbformat
 import pytest
@@ -130,9 +133,13 @@ def test_the_first_two_cells_are_the_same_everywhere():
         assert setup.source == code_cells(LESSONS[0])["setup"].source, name
 
 
+README = (ROOT / "README.md").read_text("utf8")
+BADGE = r"(?:https://|research\.google\.com/)github(?:\.com)?/([\w.-]+/[\w.-]+?)"
+OWN = re.search(BADGE + "/blob/main/", README)[1]  # a fork's is another
+
 # The last one is what somebody gets who names no branch
-GIT = """
-for said in "OWNER/REPO main" "FORK/X mine" "FORK/X main"; do
+GIT = f"""
+for said in "{OWN} main" "FORK/X mine" "FORK/X main"; do
     set -- $said; mkdir -p $1/utils; echo $said >$1/utils/runs.py
     git init -q $1; git -C $1 checkout -q -B $2; git -C $1 add .
     git -C $1 -c user.name=me -c user.email=me commit -q -m $2
@@ -149,24 +156,40 @@ def github(tmp_path_factory):
     return {**key, "GIT_CONFIG_VALUE_0": "https://github.com/"}
 
 
-ASKED = """
-import io, urllib.request
-def answer(url, timeout):
-    assert url == "http://172.28.0.12:9000/api/sessions"
-    if not {sessions!r}:
-        raise urllib.error.URLError("no such host")
-    return io.BytesIO(b'[{{"path": "{sessions}", "type": "notebook"}}]')
-urllib.request.urlopen = answer
-"""
+@contextlib.contextmanager
+def sessions(path):
+    """Variables that lead to a server in the place of Colab's, silent without a path.
+
+    As on Colab it says which notebook is open.
+    """
+
+    class Sessions(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "http://172.28.0.12:9000/api/sessions"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(f'[{{"path": "{path}", "type": "notebook"}}]'.encode())
+
+    with HTTPServer(("127.0.0.1", 0), Sessions) as server:
+        serve = threading.Thread(target=server.serve_forever, daemon=True)
+        if path:
+            serve.start()
+        yield {"http_proxy": f"http://127.0.0.1:{server.server_port}", "no_proxy": ""}
+        if path:
+            server.shutdown()
 
 
-def setup_in(folder, environ, given="", sessions=""):
+ENDS = "import faulthandler; faulthandler.dump_traceback_later(60, exit=True)"
+
+
+def setup_in(folder, environ, given="", path=""):
     """Where the setup cell, run twice, has led; or what it said last."""
     cells, found = code_cells(NOTEBOOKS["1"]), "open('utils/runs.py').readline()"
     first, setup = cells["parameters"].source, cells["setup"].source
-    steps = [ASKED.format(sessions=sessions), first, given, setup, setup]
+    steps = [ENDS, first, given, setup, setup]
     source = "\n".join([*steps, f"print(os.getcwd(), {found}, sys.path[0])"])
-    done = python("-c", source, cwd=folder, **environ)
+    with sessions(path) as proxy:
+        done = python("-c", source, cwd=folder, **environ, **proxy)
     return (done.stdout or done.stderr).strip()
 
 
@@ -182,8 +205,8 @@ PLACES = [
     ("", "__vsc_ipynb_file__" + LIES, "", OURS),
     ("", "PAPERMILL_INPUT_PATH" + LIES, "", OURS),
     ("", "", FROM_GITHUB, "FORK/X mine"),  # Colab: the very branch
-    ("", "", FROM_DRIVE, "OWNER/REPO main"),  # Colab: uploaded alone, or on Drive
-    ("", "", "", "OWNER/REPO main"),  # Kaggle
+    ("", "", FROM_DRIVE, f"{OWN} main"),  # Colab: uploaded alone, or on Drive
+    ("", "", "", f"{OWN} main"),  # Kaggle
     ("", 'REPOSITORY = "https://github.com/FORK/X"', "", "FORK/X main"),
 ]
 
@@ -200,7 +223,7 @@ def test_setup_finds_the_repository(tmp_path, github, folder, given, said, found
 
 def test_a_repository_that_cannot_be_cloned_is_a_sentence(tmp_path, github):
     said = setup_in(tmp_path, {**github, "GIT_CONFIG_KEY_0": "url./nowhere/.insteadOf"})
-    assert said.endswith("OWNER/REPO: see above, or set REPOSITORY")
+    assert said.endswith(f"{OWN}: see above, or set REPOSITORY")
 
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "exercises/README.md"]
@@ -216,10 +239,6 @@ def test_the_links_and_pictures_of_a_page_are_there(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     targets = [target.replace("%20", " ") for target in targets]
     assert [target for target in targets if not (folder / target).exists()] == []
-
-
-README = (ROOT / "README.md").read_text("utf8")
-BADGE = r"(?:https://|research\.google\.com/)github(?:\.com)?/([\w.-]+/[\w.-]+?)"
 
 
 def test_badges_and_setup_cells_name_one_repository():
