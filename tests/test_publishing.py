@@ -1,0 +1,58 @@
+"""What GitHub does with the project: its workflows' scripts, and what they read."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import yaml
+
+from tests.conftest import ROOT, needs_posix
+
+BADGE = "https://colab.research.google.com/github/{}/blob/"
+SETUP = r"REPOSITORY = \"https://github.com/{}"
+
+
+def steps(workflow, job):
+    """The shell commands of a job, one after the other."""
+    file = ROOT / ".github/workflows" / workflow
+    job = yaml.safe_load(file.read_text("utf8"))["jobs"][job]
+    return "\n".join(step["run"] for step in job["steps"] if "run" in step)
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=me", "-c", "user.email=me", *arguments]
+    return subprocess.check_output(command, cwd=folder, text=True).strip()
+
+
+@needs_posix
+def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
+    clone, hub = tmp_path / "clone", tmp_path / "hub.git"
+    files = [*ROOT.glob("*.ipynb"), *ROOT.glob("exercises/*/*/*.ipynb")]
+    files += [*ROOT.glob("more/*.ipynb"), *ROOT.glob("docs/real-run/*.ipynb")]
+    files += [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / ".github/rename.py"]
+    for file in files:
+        (clone / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, clone / file.relative_to(ROOT))
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", hub)
+    git(clone, "init", "-q", "-b", "main")
+    git(clone, "add", ".")
+    git(clone, "commit", "-qm", "theirs")
+    git(clone, "remote", "add", "origin", hub)
+    git(clone, "push", "-q", "--set-upstream", "origin", "main")
+
+    environ = {**os.environ, "GITHUB_REPOSITORY": "new-owner/its.name_2"}
+    for pushes in (2, 2):  # a second push finds nothing to do
+        script = steps("rename.yml", "rename")
+        subprocess.run(["bash", "-ec", script], cwd=clone, env=environ, check=True)
+        assert git(hub, "rev-list", "--count", "main") == str(pushes)
+    assert git(clone, "status", "--porcelain") == ""
+
+    old = re.search(BADGE.format("(.+?)"), (ROOT / "README.md").read_text("utf8"))[1]
+    code = 'repository-code: "https://github.com/{}"'
+    for file in files[:-1]:
+        text = file.read_bytes().decode()
+        assert BADGE.format(old) in text or code.format(old) in text, file
+        for place in (BADGE, SETUP, code):
+            text = text.replace(place.format(old), place.format("new-owner/its.name_2"))
+        assert (clone / file.relative_to(ROOT)).read_bytes() == text.encode(), file
