@@ -56,3 +56,9 @@ def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
         for place in (BADGE, SETUP, code):
             text = text.replace(place.format(old), place.format("new-owner/its.name_2"))
         assert (clone / file.relative_to(ROOT)).read_bytes() == text.encode(), file
+
+
+def test_the_changelog_begins_with_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf8")
+    assert re.search(r"^## (.+)$", changelog, re.M)[1] == cited["version"]
