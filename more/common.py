@@ -47,10 +47,13 @@ def cores() -> int:
     return len(get(0)) if get else os.cpu_count()
 
 
-def write_text(path: Path, text: str):
-    """Write a file as a whole: whoever reads it finds the old text or the new one."""
+def write_text(path: Path, text: str | bytes):
+    """Write a file as a whole, on the disk when this returns: a kill leaves the old."""
     beside = Path(path).with_name(f"{Path(path).name}.unfinished")
-    beside.write_text(text, encoding="utf8")
+    with beside.open("wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

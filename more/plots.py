@@ -1,5 +1,6 @@
 """The pictures of the lessons in this folder."""
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
@@ -18,6 +19,34 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_ylabel("probability of the response")
     axis.legend(frameon=False)
+    return figure
+
+
+def plot_policy(world, path: list[torch.Tensor], kl_coef: float, n: int):
+    """Probabilities of fifteen responses: the reference's, a policy's, and the best.
+
+    The policy is the n-th of a path that begins with the reference: log-probabilities
+    (15,) before and after each rollout in an exact world.
+    """
+    figure, axis = subplots(plot_policy, 1, 1, (7.6, 3.3))
+    (best, J_best), places = world.optimum(kl_coef), range(len(path[n]))
+    ref, now, most = (x.exp().tolist() for x in (path[0], path[n], best))
+    axis.bar(places, ref, color=GREY, alpha=0.4, label="reference, π_ref")
+    axis.bar(places, now, 0.5, color=BLUE, label="policy, π")
+    how = {"fill": False, "edgecolor": RED, "linewidth": 2, "label": "best, π*"}
+    axis.bar(places, most, 0.5, **how)
+    names = [name.rpartition(" ") for name in world.names()]
+    scored = zip(names, world.scores.tolist(), strict=True)
+    axis.set_xticks(places, [f"{x}\n{end}\n{R:+.1f}" for (x, _, end), R in scored])
+    J_ref, J = (world.objective(path[i], kl_coef) for i in (0, n))
+    kl = (path[n].exp() * (path[n] - path[0])).sum()
+    said = f"rollout {n} of {len(path) - 1},  KL {kl:.2f} nats,  "
+    said += f"{(J - J_ref) / (J_best - J_ref):.1%} of what there is to gain"
+    axis.set_title(said, loc="left")
+    top = 1.05 * torch.stack([*path, best]).max().exp().item()  # the same for every n
+    axis.set(xlabel="response, and its score", ylabel="probability", ylim=(0, top))
+    axis.legend(frameon=False, loc="upper right")
+    plt.close(figure)  # else it would be shown twice below sliders
     return figure
 
 

@@ -10,7 +10,6 @@ al. 2022 (arXiv 2203.02155) for the reward model; Rafailov et al. 2023 (arXiv
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from more.common import write_text
 from utils.data import encode
 from utils.ppo import check_shapes
 
@@ -118,16 +118,6 @@ def _line(pair: dict[str, str]) -> bytes:
     return line.encode() + b"\n"
 
 
-def _write(path: Path, content: bytes):
-    """Write a file as a whole, on the disk when this returns: a kill leaves the old."""
-    beside = path.with_suffix(".unfinished")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def append_pair(path, pair: dict[str, str]):
     """Add a pair to a file of JSON Lines, so that it is on disk when this returns.
 
@@ -138,7 +128,7 @@ def append_pair(path, pair: dict[str, str]):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     ended = not content or content.endswith((b"\n", b"\r"))
-    _write(path, content + (b"" if ended else b"\n") + _line(pair))
+    write_text(path, content + (b"" if ended else b"\n") + _line(pair))
 
 
 def remove_pair(path, pair: dict[str, str]):
@@ -149,7 +139,7 @@ def remove_pair(path, pair: dict[str, str]):
     before, line, after = Path(path).read_bytes().rpartition(_line(pair))
     if not line:
         raise ValueError(f"{path} does not hold this answer any more: {pair}")
-    _write(Path(path), before + after)
+    write_text(path, before + after)
 
 
 def read_pairs(

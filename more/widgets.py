@@ -4,6 +4,7 @@ Written for ipywidgets 7.7, which Colab has, and 8.
 """
 
 import html
+from collections.abc import Callable
 
 import ipywidgets
 from IPython import get_ipython
@@ -13,17 +14,35 @@ from more.labelling import KEYS, Labeller, describe
 from more.talk import TEMPERATURES, Talk, card
 
 
-def show(box: ipywidgets.Widget):
-    """Display a box, if somebody is there: a saved notebook must hold none.
+def somebody() -> bool:
+    """Whether a person may click: a saved notebook must hold no widget.
 
     Programs that execute a notebook (nbclient, papermill) say with each cell that
     nobody can be asked anything.
     """
-    kernel = getattr(get_ipython(), "kernel", None)
-    if getattr(kernel, "_allow_stdin", False):
+    return getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False)
+
+
+def show(box: ipywidgets.Widget):
+    """Display a box, if somebody is there."""
+    if somebody():
         display(box)
     else:
         print("(a box to write and click in stands here when you run this yourself)")
+
+
+def sliders(look: Callable, **ranges):
+    """The picture that `look` returns; with its arguments as sliders for a person.
+
+    It is drawn anew when one is let go; `rollout` is followed.
+    """
+    if not somebody():
+        return display(look())
+    box = ipywidgets.interactive(look, {"auto_display": True}, **ranges)
+    for widget in box.children[:-1]:
+        widget.continuous_update = widget.description == "rollout"
+        widget.readout_format = ".3g"
+    display(box)
 
 
 def writing_box(talk: Talk, prompt: str = "the film is") -> ipywidgets.Widget:

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from more import talk as shown
+from more import widgets
 from more.labelling import Question
 from more.talk import BEFORE, Reply, Talk, token_texts, visible
 from more.widgets import writing_box
@@ -149,6 +150,27 @@ def test_a_click_writes_and_a_bad_prompt_is_a_sentence(talk):
         assert expected in box.result.data and "<b></b>" not in box.result.data
         said.add(box.result.data)
     assert len(said) == 4
+
+
+def test_a_slider_that_is_let_go_calls_again(monkeypatch):
+    """With the default values first; where nobody is there, once, without sliders."""
+    shown, calls = [], []
+
+    def look(rate=0.5, rollout=2):
+        calls.append((rate, rollout))
+        return "a picture"
+
+    monkeypatch.setattr(widgets, "display", shown.append)
+    for here in (False, True):
+        monkeypatch.setattr(widgets, "somebody", lambda here=here: here)
+        widgets.sliders(look, rate=(0.0, 1.0, 0.1), rollout=(0, 3))
+        assert calls == [(0.5, 2)] * (1 + here)
+    picture, box = shown
+    rate, rollout, _ = box.children
+    assert picture == "a picture"
+    assert not rate.continuous_update and rollout.continuous_update
+    rate.value, rollout.value = 0.7, 1
+    assert calls[2:] == [(0.7, 2), (0.7, 1)]
 
 
 def test_a_blind_comparison_hides_sides_and_a_reader_follows_his_judge():

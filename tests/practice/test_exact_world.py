@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
 
 from practice import exact_world
 from practice.cells import import_cells
 from utils.ppo import compute_gae, policy_loss, token_logprobs, token_rewards
 from utils.rollout import sample_responses
-from utils.runs import NOTEBOOKS
+from utils.runs import NOTEBOOKS, ROOT
+from workshop.moving import CELLS
 
 BETAS = (0.25, 0.5, 1.0)
 EXACT = {"atol": 1e-9, "rtol": 0}
@@ -140,12 +142,33 @@ def test_the_gradient_of_the_loss_is_that_of_the_objective(world, lam):
 
 def learn(beta, seed, name="PPO"):
     """What an estimator reaches in one world, as a share of what there is to gain."""
-    cells = ("loop", "train-exactly", "whole-response", "grpo-policy-loss", "ways")
-    lesson = import_cells(NOTEBOOKS["5"], *cells)
+    lesson = import_cells(NOTEBOOKS["5"], *CELLS)
     advantages, update, own = lesson["ways"](4)[name]
     world, how = exact_world.ExactWorld(seed), (advantages, update)
     run = lesson["train_exactly"](world, beta, *how, **{"seed": seed, **own})
     return world.reached(run.lm, beta)
+
+
+def test_the_picture_moves_as_ppo_does():
+    """The loop's own policy at the end, and a frame for every rollout in the file."""
+    lesson, changes = import_cells(NOTEBOOKS["5"], *CELLS), {"clip_range": 0.3}
+    changes |= {"gae_lambda": 0.0, "ppo_lr": 1e-2}
+    world, path = lesson["exact_path"](0.25, "PPO", rollouts=2, **changes)
+    advantages, *_ = lesson["ways"](4)["PPO"]
+    changes["ppo_episodes"] = 2 * exact_world.SETTINGS.ppo_rollout_size
+    lm = lesson["train_exactly"](world, 0.25, advantages, **changes).lm
+    assert len(path) == 3 and torch.equal(path[0], world.logprobs(world.reference))
+    assert torch.equal(path[2], world.logprobs(lm).detach())
+    assert not torch.equal(path[1], path[0])
+    kl = sum(p.exp() * (p - ref) for p, ref in zip(path[2], path[0], strict=True))
+    said = f"2 of 2,  KL {kl:.2f} nats,  {world.reached(lm, 0.25):.1%} of what"
+    figure = lesson["plot_policy"](world, path, 0.25, 2)
+    assert said in figure.axes[0].get_title(loc="left")
+    file = ROOT / "docs/exact-world.png"
+    with Image.open(file) as picture:  # and the last one again, where nothing moves
+        rollouts = exact_world.SETTINGS.ppo_steps
+        assert picture.n_frames == rollouts + 2 and picture.info["loop"] == 0
+    assert file.stat().st_size <= 400_000
 
 
 SLOW = [pytest.param(beta, range(10), marks=pytest.mark.slow) for beta in BETAS]
