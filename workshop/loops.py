@@ -68,9 +68,7 @@ def slow_parts(work) -> dict:
 
     def score(ids, attention_mask, mask):
         states, _ = states_and_logits(reward_lm, ids, attention_mask)
-        last = (attention_mask * torch.arange(ids.shape[1], device=ids.device)).argmax(
-            1
-        )
+        last = attention_mask.cumsum(dim=1).argmax(dim=1)  # the first one at its end
         raw = work.reward.head(states[torch.arange(len(last)), last])
         return raw, work.normalised(raw)
 

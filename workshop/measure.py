@@ -100,11 +100,7 @@ def by_seed(results: list):
 
 def rounded(x):
     """The same with four significant digits: the rest is rounding."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [rounded(value) for value in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    return json.loads(json.dumps(x), parse_float=lambda n: float(f"{float(n):.4g}"))
 
 
 def alone(threads: int):

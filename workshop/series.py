@@ -34,15 +34,13 @@ def whole_run(settings, seed, folder: str) -> dict:
             changes = {"seed": seed, "runs_dir": f"{folder}/{seed}"}
             for name, value in (settings.changes | changes).items():
                 command += ["--set", f"{name}={value}"]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
             command += ["--only", number]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"seed {seed} failed:\n{done.stderr[-3000:]}")
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds = (
-                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            )
+            seconds = sum(after[:2]) - before  # of the user and of the system
             spent = {"seconds": seconds, "peak_gib": after.ru_maxrss / 2**20}  # of KiB
             write_text(cost, json.dumps(spent))
         metrics = json.loads((made / "metrics.json").read_text())

@@ -91,11 +91,8 @@ def table(found: dict) -> str:
     for name, one in found["loops"].items():
         ratios = [x / own for x, own in zip(totals[name], ours, strict=True)]
         row = [name, *(f"{statistics.median(one[phase]):.1f}" for phase in PHASES)]
-        row += [
-            spread(totals[name], ",.1f", statistics.median),
-            f"{statistics.median(ratios):.2f}",
-        ]
-        row += [f"{statistics.median(one['memory']):.2f}"]
+        row.append(spread(totals[name], ",.1f", statistics.median))
+        row += [f"{statistics.median(x):.2f}" for x in (ratios, one["memory"])]
         rows.append([*row, f"{least / statistics.median(totals[name]):.0%}"])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""{where}; torch {machine["torch"]}, transformers \
