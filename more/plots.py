@@ -25,16 +25,14 @@ def plot_distributions(names: list[str], distributions: dict[str, torch.Tensor])
 def plot_policy(world, path: list[torch.Tensor], kl_coef: float, n: int):
     """Probabilities of fifteen responses: the reference's, a policy's, and the best.
 
-    The policy is the n-th of a path that begins with the reference: log-probabilities
-    (15,) before and after each rollout in an exact world.
+    The policy is path[n], and the reference path[0]: log-probabilities (15,).
     """
     figure, axis = subplots(plot_policy, 1, 1, (7.6, 3.3))
     (best, J_best), places = world.optimum(kl_coef), range(len(path[n]))
     ref, now, most = (x.exp().tolist() for x in (path[0], path[n], best))
     axis.bar(places, ref, color=GREY, alpha=0.4, label="reference, π_ref")
     axis.bar(places, now, 0.5, color=BLUE, label="policy, π")
-    how = {"fill": False, "edgecolor": RED, "linewidth": 2, "label": "best, π*"}
-    axis.bar(places, most, 0.5, **how)
+    axis.bar(places, most, 0.5, fill=False, edgecolor=RED, lw=2, label="best, π*")
     names = [name.rpartition(" ") for name in world.names()]
     scored = zip(names, world.scores.tolist(), strict=True)
     axis.set_xticks(places, [f"{x}\n{end}\n{R:+.1f}" for (x, _, end), R in scored])

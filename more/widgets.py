@@ -40,8 +40,8 @@ def sliders(look: Callable, **ranges):
         return display(look())
     box = ipywidgets.interactive(look, {"auto_display": True}, **ranges)
     for widget in box.children[:-1]:
-        widget.continuous_update = widget.description == "rollout"
-        widget.readout_format = ".3g"
+        if widget.description != "rollout":
+            widget.continuous_update, widget.readout_format = False, ".2g"
     display(box)
 
 
