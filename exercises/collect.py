@@ -1,9 +1,8 @@
 """Sort submitted notebooks into nbgrader's folders: `python -m exercises.collect DIR`.
 
-`nbgrader zip_collect` finds student and exercise by the name of a file, and takes the
-file as it is. Files come back as "Copy of 4-gae (1).ipynb", and as Colab saves them:
-without cell ids, in an older minor version of the format. So an exercise is recognised
-here by its cells, and what stands around them is restored from the released notebook;
+`nbgrader zip_collect` goes by the name of a file, and takes it as it is. Files come
+back as "Copy of 4-gae (1).ipynb", without cell ids, in an older version of the format.
+So an exercise is recognised here by its cells, and what stands around them is restored;
 where it is not clear which file or which answer counts, it is said, and none is graded.
 """
 
@@ -69,7 +68,7 @@ def restore(notebook, release):
     for cell, name in zip(notebook.cells, names, strict=True):
         like = left.pop(name, {"cell_type": cell.cell_type, "metadata": {}})
         fresh = nbformat.from_dict({"id": f"student-{len(cells)}", **like})
-        fresh.source = cell.source
+        fresh.source = cell.source.replace("\r\n", "\n")  # as Windows ends a line
         if fresh.cell_type == "code":
             fresh.outputs, fresh.execution_count = [], None
         elif "attachments" in cell:
@@ -87,7 +86,8 @@ def restore(notebook, release):
 def student_of(inside: Path) -> str:
     """The folder that a file lies in, or what its name has before the first "_".
 
-    As nbgrader's folder: letters, digits, and "-" for the rest.
+    As nbgrader's folder: letters, digits, and "-" for the rest. What Moodle adds goes:
+    its number differs from one exercise to the next.
     """
     name, mark, _ = inside.stem.partition("_")
     if len(inside.parts) == 1 and not mark:
@@ -96,18 +96,19 @@ def student_of(inside: Path) -> str:
             "or name it STUDENT_anything.ipynb"
         )
     student = inside.parts[0] if len(inside.parts) > 1 else name
+    student = re.sub(r"_\d+_assignsubmission_\w+$", "", student)
     student = unicodedata.normalize("NFC", student)
     if cleaned := re.sub(r"[^\w.-]+", "-", student).strip("-."):
         return cleaned
     raise ValueError(f"{student!r} has no letter or digit; rename it")
 
 
-def place(text: str, target: Path):
-    """Write a submission, and when: nbgrader grades anew what changed since."""
+def place(text: str, target: Path, when: float):
+    """Write a submission, and when it was: nbgrader grades anew what changed since."""
     if not target.exists() or target.read_text("utf8") != text:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, "utf8")
-        stamp = datetime.now().astimezone().isoformat(" ")
+        stamp = datetime.fromtimestamp(when).astimezone().isoformat(" ")
         (target.parent / "timestamp.txt").write_text(stamp)
 
 
@@ -146,7 +147,8 @@ def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
             said = f"{listed}: all of them are {name} by {student}; leave the one that"
             not_placed.append(f"{said} counts, or rename a student, and collect again")
         else:
-            place(text, course / "submitted" / student / name / f"{name}.ipynb")
+            target = course / "submitted" / student / name / f"{name}.ipynb"
+            place(text, target, (folder / inside).stat().st_mtime)
             note = f" (put back: {', '.join(missing)})" if missing else ""
             placed.append(f"{inside}: {name} by {student}{note}")
     return placed, not_placed
