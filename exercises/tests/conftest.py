@@ -1,7 +1,6 @@
 """A course in a folder of its own, with submissions that the tests make."""
 
 import copy
-import csv
 import json
 import os
 import re
@@ -12,12 +11,11 @@ import sys
 import nbformat
 import pytest
 
-from exercises.collect import COURSE, collect
+from exercises.collect import COURSE
 from exercises.release import release
 
 EXERCISES = sorted(path.stem for path in COURSE.glob("source/*/*.ipynb"))
 ONE = "4-gae"  # the exercise on which submissions go wrong
-TIMEOUT = 15  # seconds; the endless loop is cut off then
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_")}
 ENVIRON |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 SOLUTION = re.compile(r"^ *### (BEGIN|END) SOLUTION\n?", re.M)
@@ -81,11 +79,9 @@ def put(folder, content, name):
 def tampered():
     """A notebook whose tests pass whatever is answered, and one of them is gone."""
     notebook = read(ONE)
-    for cell in notebook.cells:
-        mark = cell.metadata.get("nbgrader", {})
-        if mark.get("grade") and not mark.get("solution"):
-            cell.source, mark["points"] = "pass", 100
-    notebook.cells = [cell for cell in notebook.cells if cell.id != "hidden-gae"]
+    notebook.cells.remove(cell_of(notebook, "hidden-gae"))
+    for cell in (x for x in notebook.cells if x.id.startswith(("check-", "hidden-"))):
+        cell.source, cell.metadata.nbgrader.points = "pass", 100
     return notebook
 
 
@@ -106,29 +102,3 @@ def course(tmp_path_factory):
     shutil.copy(COURSE / "nbgrader_config.py", folder)
     release(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def marks(course, tmp_path_factory):
-    """Collected, autograded and exported: (student, exercise) -> a row of the marks."""
-    folder = tmp_path_factory.mktemp("returned")
-    for name in EXERCISES:
-        put(folder, read(name), f"stub/{name}.ipynb")
-        put(folder, solved(name), f"right/{name}.ipynb")
-    # Right where the rubbish behind the end is finite, as on the visible example
-    swap = ("residuals", ").masked_fill(outside, 0)", ") * (~outside).double()")
-    put(folder, changed(ONE, *swap), "lucky/x.ipynb")
-    swap = ("group-advantages", "return ", "while True:\n        pass\n    return ")
-    put(folder, changed(ONE, *swap), "endless/x.ipynb")
-    put(folder, tampered(), "tampered/x.ipynb")
-    put(folder, as_colab_saves(solved(ONE)), "colab/Copy of x (1).ipynb")
-    put(folder, with_a_copy_of(solved(ONE), "check-gae"), "twice_x.ipynb")
-    put(folder, "", "empty/x.ipynb")
-    assert len(collect(folder, course)[1]) == 1
-    for name in EXERCISES:
-        cut = f"--Execute.timeout={TIMEOUT if name == ONE else 90}"
-        done = run("nbgrader", "autograde", name, cut, cwd=course)
-        assert done.returncode == 0, done.stderr[-3000:]
-    run("nbgrader", "export", "--to", "marks.csv", cwd=course)
-    with (course / "marks.csv").open() as file:
-        return {(r["student_id"], r["assignment"]): r for r in csv.DictReader(file)}

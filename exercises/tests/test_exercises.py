@@ -1,14 +1,97 @@
 """The exercises, released, solved, collected and graded as an instructor does it."""
 
+import csv
 import io
+import os
 import re
 from contextlib import redirect_stdout
 
+import nbformat
 import pytest
+from nbgrader.api import Gradebook
 
-from exercises.tests.conftest import EXERCISES, ONE, changed, read, run
+from exercises.apart import ROOT, contents, wall
+from exercises.collect import collect
+from exercises.grade import grade
+from exercises.release import hand_out
+from exercises.tests.conftest import (
+    EXERCISES,
+    ONE,
+    as_colab_saves,
+    changed,
+    put,
+    read,
+    run,
+    solved,
+    tampered,
+    with_a_copy_of,
+)
 
 FREE = 4  # points of the question that a person grades
+TIMEOUT = 15  # seconds; the endless loop is cut off then
+
+
+def own(lines):
+    """ONE, solved, with lines of the student's own behind an answer."""
+    return changed(ONE, "residuals", "return delta", f"return delta\n{lines}")
+
+
+ENDS = ("\\n", "\\r\\n")
+LOUD = "import sys; print('on stderr', file=sys.stderr); return "
+LOOP = "while True:\n        pass\n    return "
+ONCE = "import os; f = os.environ['ONCE']; os.path.exists(f) or (os.mkdir(f), exit())"
+PATCH = "import practice.checks as c; c.compare = lambda *given, **named: True"
+SPOIL = "open('utils/ppo.py', 'w'); open('exercises/note.txt', 'w')"
+REACH = f"""from pathlib import Path
+for place in ('exercises', {str(ROOT / "exercises")!r}):
+    print('seen:', [x.name for x in Path(place).glob('source*')])
+__import__('socket').create_connection(('127.0.0.1', 9))"""
+NOTHING = r"(?s)seen: \[\]\nseen: \[\]\n.*unreachable" if wall(ROOT) else "seen"
+R, G, LONG = "residuals", "group-advantages", f"took longer than {TIMEOUT} seconds"
+# What comes back of ONE: the work, the cells that give no points for it, what is said
+# in marks.csv, and what in the feedback
+SUBMISSIONS = {
+    # Right where the rubbish behind the end is finite, as on the visible example
+    "lucky": (changed(ONE, R, ").masked_fill(outside, 0)", ") * (~outside).double()"),
+              [f"hidden-{R}"], "^text not graded$", "Tensor-likes are not close"),
+    # It costs nothing in `gae`, which takes the residuals
+    "gamma": (changed(ONE, R, "gamma * following", "following"),
+              [f"check-{R}", f"hidden-{R}"], "^text not", "discount is forgotten"),
+    "syntax": (changed(ONE, "gae", "return advantages", "return advantages)"),
+               ["check-gae", "hidden-gae"], "^text not graded$", "SyntaxError"),
+    "endless": (changed(ONE, G, "return ", LOOP), [f"check-{G}", f"hidden-{G}"],
+                LONG, f"this cell {LONG}, and was stopped"),
+    "exits": (own("exit()"), ..., "^not graded: the kernel ended in the cell", "exit"),
+    "once": (own(ONCE), [], "^text not graded$", ""),
+    "tampered": (tampered(), ..., "^graded$", "this is what you get when"),
+    "colab": (as_colab_saves(with_a_copy_of(solved(ONE), "check-gae")), [], "^t", ""),
+    "windows": (nbformat.writes(changed(ONE, G, "return ", LOUD)).replace(*ENDS), [],
+                "^text not graded$", "on stderr"),
+    "patched": (own(PATCH), [], "look at this one: has the line .*c.compare =", ""),
+    "reads": (own(REACH), [], "look at this one: has the line .*glob", NOTHING),
+    "spoils": (own(SPOIL), [], "wrote 'exercises/note.txt'; wrote 'utils/ppo.py'", ""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def marks(course, tmp_path_factory):
+    """Collected, graded and exported: (student, exercise) -> a row of the marks."""
+    folder = tmp_path_factory.mktemp("returned")
+    before, os.environ["ONCE"] = contents(ROOT / "utils"), str(folder / ".once")
+    for student, (work, *_) in SUBMISSIONS.items():
+        put(folder, work, f"{student}_123_assignsubmission_file/Copy of x (1).ipynb")
+    for name in EXERCISES:
+        put(folder, read(name), f"stub/{name}.ipynb")
+        put(folder, solved(name), f"right/{name}.ipynb")
+    os.utime(folder / f"right/{ONE}.ipynb", (1767323045, 1767323045))
+    assert collect(folder, course)[1] == []
+    grade((ONE,), TIMEOUT, course=course)
+    grade(course=course)
+    assert run("nbgrader", "generate_feedback", "*", cwd=course).returncode == 0
+    assert run("nbgrader", "export", "--to", "marks.csv", cwd=course).returncode == 0
+    assert contents(ROOT / "utils") == before
+    with (course / "marks.csv").open() as file:
+        return {(r["student_id"], r["assignment"]): r for r in csv.DictReader(file)}
 
 
 def marks_of(name):
@@ -29,9 +112,12 @@ def test_right_answers_get_full_marks_and_stubs_none(marks, course, name):
     """And every check of a stub, which runs to its end, says what is wrong."""
     whole = sum(mark.points for mark in marks_of(name))
     right, stub = marks["right", name], marks["stub", name]
+    said = re.search(r"\*\*Points\*\* \| (.*) \|", read(name).cells[0].source)[1]
+    assert sum(map(int, re.findall(r": (\d+)", said))) == whole
     assert float(right["max_score"]) == float(stub["max_score"]) == whole
-    assert float(right["score"]) == whole - FREE  # the rest is for a person to give
-    assert float(stub["score"]) == 0
+    assert float(right["code"]) == whole - FREE  # the rest is for a person to give
+    assert right["score"] == "" and right["state"] == "text not graded"
+    assert float(stub["score"]) == 0 and stub["state"] == "graded"
     said = []
     for cell in read(name, "autograded/stub", course).cells:
         kinds = {output.output_type for output in cell.get("outputs", ())}
@@ -41,32 +127,37 @@ def test_right_answers_get_full_marks_and_stubs_none(marks, course, name):
     assert len(said) >= 3 and not any("✓" in text for text in said), said
 
 
-LOST = {  # what a student gets on ONE: all but these cells
-    "lucky": ["hidden-residuals", "hidden-gae"],
-    "endless": ["check-group-advantages", "hidden-group-advantages"],
-    "colab": [],
-    "twice": [],
-}
-
-
-@pytest.mark.parametrize("student", LOST)
+@pytest.mark.parametrize("student", SUBMISSIONS)
 def test_what_each_gets(marks, course, student):
-    from nbgrader.api import Gradebook
-
+    _, lost, state, feedback = SUBMISSIONS[student]
+    row, folder = marks[student, ONE], course / "feedback" / student / ONE
+    assert re.search(state, row["state"]), row
+    page = f"{ONE}.html" if row["code"] else "not-graded.txt"
+    assert re.search(feedback, (folder / page).read_text("utf8"))
     with Gradebook(f"sqlite:///{course}/gradebook.db") as book:
         grades = book.find_submission_notebook(ONE, ONE, student).grades
         found = {x.name: x.score for x in grades if not x.name.startswith("free-")}
     whole = {x.grade_id: x.points for x in marks_of(ONE) if not x.solution}
-    assert found == whole | dict.fromkeys(LOST[student], 0)
+    assert found == whole | dict.fromkeys(whole if lost is ... else lost, 0)
+    assert marks[student, EXERCISES[0]]["state"] == "not handed in"
+    assert marks["right", ONE]["timestamp"].startswith("2026-01-02 03:04:05")
 
 
-def test_tampered_tests_are_restored_and_feedback_is_written(marks, course):
-    assert marks["tampered", ONE]["score"] == "0.0"
-    assert marks["tampered", ONE]["max_score"] == marks["right", ONE]["max_score"]
-    done = run("nbgrader", "generate_feedback", ONE, cwd=course)
-    assert done.returncode == 0, done.stderr[-2000:]
-    text = (course / "feedback" / "stub" / ONE / f"{ONE}.html").read_text("utf8")
-    assert "residuals" in text and "this is what you get when" in text
+@pytest.mark.parametrize("repository", ["", "you/course"])
+def test_what_students_get_has_no_sources_and_runs(course, tmp_path, repository):
+    hand_out(tmp_path, repository, course)
+    for path in (x for x in tmp_path.rglob("*") if x.is_file()):
+        assert b"## BEGIN" not in path.read_bytes() and path.suffix != ".db", path
+    cells = read(ONE, course=tmp_path / "exercises").cells
+    title, code = cells[0].source, cells[1].source
+    assert f"github.com/{repository}" in code
+    badges = title.count("[!["), title.count(f"github/{repository}/blob")
+    assert badges == ((1, 1) if repository else (0, 0))
+    code += "\nfrom exercises import museum; print(museum.__file__)"
+    done = run("IPython", "-c", code, cwd=tmp_path / "exercises")
+    assert str(tmp_path) in done.stdout, done.stderr
+    with pytest.raises(FileExistsError, match="has sources in it"):
+        hand_out(ROOT)
 
 
 # What a learner may well write, and what the check then says: the cell, what of the
