@@ -72,12 +72,8 @@ def slow_parts(work) -> dict:
         raw = work.reward.head(states[torch.arange(len(last)), last])
         return raw, work.normalised(raw)
 
-    return {
-        "sample_responses": one_by_one,
-        "response_logprobs": logprobs,
-        "evaluate_responses": evaluate,
-        "score": score,
-    }
+    parts = {"sample_responses": one_by_one, "response_logprobs": logprobs}
+    return {**parts, "evaluate_responses": evaluate, "score": score}
 
 
 def naive(work, watch):

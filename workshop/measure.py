@@ -50,6 +50,7 @@ KNOWN = {
     "race": Measurement(tiny.race, "docs/race.json", "35", 5),
     "preferences": Measurement(tiny.preferences, "docs/preferences.json", "356"),
     "frontier": Measurement(tiny.frontier, "docs/frontier.json", "3567"),
+    "noise": Measurement(tiny.noise, "docs/noise.json", "35"),
     "adapters": Measurement(tiny.adapters, "docs/adapters.json", "38"),
     "real_run": Measurement(
         series.real_run, "docs/real-run/results.json", "123", 3, "full"

@@ -287,6 +287,25 @@ def frontier(runs) -> dict:
     return {"responses": ROLLOUTS * runs.settings.ppo_rollout_size, **found}
 
 
+# More responses to a step: lesson 7
+BATCH = ("ppo_episodes", "ppo_rollout_size", "ppo_minibatch_size")
+BATCH += ("ppo_micro_batch_size",)
+OF_NOISE = ("episodes", "share", "score", "kl", "exactly_positive")
+
+
+def with_more(settings, seed, times) -> dict:
+    """PPO in as many steps, each on so many times the responses."""
+    own = replace(settings, **{name: times * getattr(settings, name) for name in BATCH})
+    found = estimator(own, seed, "PPO", 1, own.ppo_lr)
+    return {name: found[name] for name in OF_NOISE}
+
+
+def noise(runs):
+    """Is it the noise of few responses that keeps PPO from the best possible?"""
+    ways = {times: {"PPO": (with_more, times)} for times in (1, 2, 4)}
+    return {str(n): runs(f"{n} times the responses", x)["PPO"] for n, x in ways.items()}
+
+
 # Adapters: lesson 8
 # The better of 1e-3 and 2e-3 on seed 100, layout 3, rank 16: J 0.54 against 0.51
 RATE = 2e-3
