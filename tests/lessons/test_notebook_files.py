@@ -167,8 +167,9 @@ def sessions(path):
     class Sessions(BaseHTTPRequestHandler):
         def do_GET(self):
             known = self.path == "http://172.28.0.12:9000/api/sessions"
-            self.send_response(200 if known else 404)
-            self.end_headers()
+            if path != MUTTERS:
+                self.send_response(200 if known else 404)
+                self.end_headers()
             self.wfile.write(f'[{{"path": "{path}", "type": "notebook"}}]'.encode())
 
     with HTTPServer(("127.0.0.1", 0), Sessions) as server:
@@ -196,6 +197,7 @@ def setup_in(folder, environ, given="", path=""):
 
 OURS = runs.__doc__.splitlines()[0]
 FROM_GITHUB = "fileId=https%3A%2F%2Fgithub.com%2FFORK%2FX%2Fblob%2Fmine%2F1-SFT.ipynb"
+MUTTERS = "another service"  # which does not speak HTTP
 FROM_DRIVE = "fileId=1AbCdEfGhIjKlMnOpQrStUvWxYz"
 LIES = f" = {str(ROOT / LESSONS[3])!r}"
 
@@ -208,6 +210,7 @@ PLACES = [
     ("", "", FROM_GITHUB, "FORK/X mine"),  # Colab: the very branch
     ("", "", FROM_DRIVE, f"{OWN} main"),  # Colab: uploaded alone, or on Drive
     ("", "", "", f"{OWN} main"),  # Kaggle
+    ("", "", MUTTERS, f"{OWN} main"),
     ("", 'REPOSITORY = "https://github.com/FORK/X"', "", "FORK/X main"),
 ]
 
