@@ -48,11 +48,14 @@ def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
         assert git(hub, "rev-list", "--count", "main") == str(pushes)
     assert git(clone, "status", "--porcelain") == ""
 
-    old = re.search(BADGE.format("(.+?)"), (ROOT / "README.md").read_text("utf8"))[1]
+    old = re.search(BADGE.format("(.+?)"), files[0].read_text("utf8"))[1]
+    unnamed = re.compile(r"\]\((\S+\.ipynb)\)(.*)\(docs/settings\.md#on-colab\)")
+    row = rf"]({{0}}){{1}}({BADGE.format('new-owner/its.name_2')}main/{{0}})"
     code = 'repository-code: "https://github.com/{}"'
     for file in files[:-1]:
         text = file.read_bytes().decode()
-        assert BADGE.format(old) in text or code.format(old) in text, file
+        text, n = unnamed.subn(lambda x: row.format(*x.groups()), text)
+        assert n == 9 or BADGE.format(old) in text or code.format(old) in text, file
         for place in (BADGE, SETUP, code):
             text = text.replace(place.format(old), place.format("new-owner/its.name_2"))
         assert (clone / file.relative_to(ROOT)).read_bytes() == text.encode(), file
