@@ -65,3 +65,15 @@ def test_the_changelog_begins_with_the_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
     changelog = (ROOT / "CHANGELOG.md").read_text("utf8")
     assert re.search(r"^## (.+)$", changelog, re.M)[1] == cited["version"]
+
+
+def test_every_page_has_a_place_on_the_site():
+    toc = yaml.safe_load((ROOT / "docs/site/toc.yml").read_text("utf8"))
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    entered = {f"{x['file']}.md" for x in chapters if "file" in x} | {"README.md"}
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("exercises/*.md"),
+    ]
+    assert {page.relative_to(ROOT).as_posix() for page in pages} <= entered
