@@ -73,18 +73,18 @@ def test_who_ends_the_command_ends_all_processes(start, survived, name):
 
 
 def test_one_process_goes_on_from_what_two_have_saved(start, series, survived):
-    """After 8 of 10 rollouts, and ends in a policy that has learnt."""
-    sizes = {"ppo_rollout_size": 64, "ppo_episodes": 640, "runs_dir": series[0].parent}
+    """After 8 of 12 rollouts, and ends in a policy that has learnt."""
+    sizes = {"ppo_rollout_size": 64, "ppo_episodes": 768, "runs_dir": series[0].parent}
     words = [word for x in sizes.items() for word in ("--set", "{}={}".format(*x))]
     two = start("more.processes", "--processes", 2, *words)
-    next(line for line in two.stdout if " 9/10" in line)
+    next(line for line in two.stdout if " 9/12" in line)
     two.send_signal(signal.SIGINT)
     two.communicate(timeout=60)
     said, wrong = start("more.processes", "--processes", 1, *words).communicate()
-    assert "PPO goes on after 8 of 10 rollouts" in said, wrong
+    assert "PPO goes on after 8 of 12 rollouts" in said, wrong
     folder = series[0] / "policy_processes"
     history = json.loads((folder / "metrics.json").read_text())["history"]
-    assert len(history) == 10
+    assert len(history) == 12
     assert history[-1]["score"] > history[0]["score"]
     AutoModelForCausalLM.from_pretrained(folder)
     survived("two processes: interrupted, then one process", "it goes on after 8")
