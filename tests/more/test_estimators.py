@@ -32,6 +32,7 @@ A, B = math.sqrt(7) + 1e-4, math.sqrt(3) + 1e-4
         (rloo_advantages, (SCORES, 3), [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]),
         (grpo_advantages, (SCORES, 3, False), [-2, -1, 3, -1, -1, 2]),
         (grpo_advantages, (SCORES, 3), [-2 / A, -1 / A, 3 / A, -1 / B, -1 / B, 2 / B]),
+        (rloo_advantages, (SCORES, 2), [-1, 1, 6, -6, -3, 3]),  # the least group
         (rloo_advantages, (EQUAL, 3), [0] * 6),
         (grpo_advantages, (EQUAL, 3), [0] * 6),
     ],
@@ -59,6 +60,17 @@ def test_what_lies_outside_the_mask_reaches_nothing(mean):
 
 
 X, ONES = torch.zeros(2, 3), torch.ones(2, 3)
+
+
+def test_the_loss_by_default_and_its_figures():
+    """One token, twice as likely as it was and half as likely as for the reference."""
+    new, old, ref = (t([math.log(p)]) for p in (0.4, 0.2, 0.8))
+    new.requires_grad_(True)
+    k3 = 2 - 1 - math.log(2)
+    loss, stats = grpo_loss(new, old, ref, t(1.0), torch.ones(1, 1))
+    assert loss.item() == pytest.approx(-1.2 + 0.04 * k3)  # the ratio ends at 1.2
+    assert stats["k3"].item() == pytest.approx(k3) and not stats["k3"].requires_grad
+    assert stats["ratio_max"].item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
