@@ -36,6 +36,12 @@ def test_a_margin_of_any_size_stays_finite():
         assert found.item() == loss and all(x.grad.isfinite().all() for x in leaves)
 
 
+def test_dpo_by_default():
+    """The sigmoid, beta 0.1, and no pair taken to be the wrong way round."""
+    loss, _ = dpo_loss(t(-1.0), t(-3.0), t(-4.0), t(-1.0))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * (3 + 2))))
+
+
 @pytest.mark.parametrize(
     "function, arguments, options, says",
     [
