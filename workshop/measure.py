@@ -50,6 +50,9 @@ KNOWN = {
     "race": Measurement(tiny.race, "docs/race.json", "35", 5),
     "preferences": Measurement(tiny.preferences, "docs/preferences.json", "356"),
     "frontier": Measurement(tiny.frontier, "docs/frontier.json", "3567"),
+    "equal_kl": Measurement(
+        tiny.equal_kl, "docs/equal-kl.json", "367", 1, "full", ("eval_prompts=64",)
+    ),
     "noise": Measurement(tiny.noise, "docs/noise.json", "35"),
     "adapters": Measurement(tiny.adapters, "docs/adapters.json", "38"),
     "real_run": Measurement(

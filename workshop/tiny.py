@@ -238,7 +238,8 @@ def untrained(settings, seed) -> dict:
     def add(way, label, logs):
         weights = (logs.exp().T / len(scores)).flatten().tolist()
         kl = (logs.exp() * (logs - log_ref)).sum(dim=1).mean().item()
-        found[way][label] = seven.point(label, kl, rows, weights)
+        score = (logs.exp() * scores).sum(dim=1).mean().item()
+        found[way][label] = {**seven.point(label, kl, rows, weights), "score": score}
 
     for n in NUMBERS:  # equal texts score the same up to rounding
         add("best-of-n", f"{n}", seven.best_of_n(log_ref, scores.round(decimals=4), n))
@@ -285,6 +286,53 @@ def frontier(runs) -> dict:
         points[name] = [over_seeds(label, x) for label, x in found.items()]
     found = {"chosen": chosen, "search": search, "points": points}
     return {"responses": ROLLOUTS * runs.settings.ppo_rollout_size, **found}
+
+
+# PPO, DPO and best-of-n at the same KL, on models of any size
+DPO_RATE = 3e-5  # for as many texts as PPO had responses, each read twice
+
+
+def standing(three, policy) -> dict:
+    """What a policy reaches, and what it pays, on the held-out prompts."""
+    figures, _ = three.evaluate(policy, three.held_out * REPEATS)
+    return {name: figures[name] for name in ("kl", "score", "judged_positive")}
+
+
+def ppo_made(settings, seed) -> dict:
+    """Where notebook 3's policy stands, and its rollouts on the way there."""
+    three, folder = notebook(settings, seed), settings.folder / "policy"
+    policy = PolicyWithValueHead(load_causal_lm(folder, three.device)).eval()
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    way = {name: [row[name] for row in history] for name in ("kl", "score")}
+    episodes = len(history) * settings.ppo_rollout_size
+    return {"end": standing(three, policy), "way": way, "episodes": episodes}
+
+
+def dpo_made(settings, seed) -> dict:
+    """Where DPO stands after each quarter of its way; the score decides its pairs."""
+    three, n = notebook(settings, seed), settings.ppo_episodes // 2
+    six, prompts = lesson(three, "6", *DPO), three.train_prompts[:n]
+    both = six.sample_pairs(three.reference, prompts, seed)
+    texts = [prompt + text for prompt, *texts in both for text in texts]
+    scores, pairs, found = six.score_texts(three.reward_model, texts), [], []
+    for (prompt, *texts), order in zip(both, scores.view(-1, 2).argsort(), strict=True):
+        rejected, chosen = (texts[i] for i in order)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+    def watch(lm):
+        found.append(standing(three, PolicyWithValueHead(lm).eval()))
+        return found[-1]["kl"]
+
+    lm = load_causal_lm(three.sft_folder, three.device).eval()
+    six.train_dpo(lm, pairs, settings.kl_coef, DPO_RATE, seed, epochs=2, watch=watch)
+    return {"quarters": found, "pairs": len(pairs), "episodes": 2 * len(prompts)}
+
+
+def equal_kl(runs) -> dict:
+    """Of notebook 3's policy, DPO and best-of-n: the score by the KL that it costs."""
+    seeds, ways = [runs.settings.seed], {"PPO": (ppo_made,), "DPO": (dpo_made,)}
+    untried = runs("untrained", {"SFT": (untrained,)}, seeds)["SFT"]
+    return {**runs("trained", ways, seeds), "best-of-n": untried["best-of-n"]}
 
 
 # More responses to a step: lesson 7
