@@ -289,7 +289,6 @@ def frontier(runs) -> dict:
 
 
 # PPO, DPO and best-of-n at the same KL, on models of any size
-DPO_RATE = 3e-5  # for as many texts as PPO had responses, each read twice
 
 
 def standing(three, policy) -> dict:
@@ -309,7 +308,10 @@ def ppo_made(settings, seed) -> dict:
 
 
 def dpo_made(settings, seed) -> dict:
-    """Where DPO stands after each quarter of its way; the score decides its pairs."""
+    """Where DPO stands after each quarter of one pass over its pairs.
+
+    The score decides the pairs. Price and learning rate are PPO's.
+    """
     three, n = notebook(settings, seed), settings.ppo_episodes // 2
     six, prompts = lesson(three, "6", *DPO), three.train_prompts[:n]
     both = six.sample_pairs(three.reference, prompts, seed)
@@ -324,7 +326,7 @@ def dpo_made(settings, seed) -> dict:
         return found[-1]["kl"]
 
     lm = load_causal_lm(three.sft_folder, three.device).eval()
-    six.train_dpo(lm, pairs, settings.kl_coef, DPO_RATE, seed, epochs=2, watch=watch)
+    six.train_dpo(lm, pairs, settings.kl_coef, settings.ppo_lr, seed, watch=watch)
     return {"quarters": found, "pairs": len(pairs), "episodes": 2 * len(prompts)}
 
 
