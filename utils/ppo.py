@@ -69,8 +69,8 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     """x (B, T) shifted and scaled to mean 0 and variance 1 over the mask -> (B, T).
 
-    The mean is removed and not added back. 0 outside the mask. Engstrom et al.
-    2020 (arXiv 2005.12729) list this among the details that PPO owes its results to.
+    The mean is removed and not added back. 0 outside the mask. Huang et al. 2022, "The
+    37 Implementation Details of Proximal Policy Optimization", core detail 7.
     """
     mean, var = masked_mean(x, mask), masked_var(x, mask)
     return _inside((_inside(x, mask) - mean) * torch.rsqrt(var + 1e-8), mask)
