@@ -11,19 +11,20 @@ from nbconvert.preprocessors import Preprocessor
 from nbformat.v4 import new_markdown_cell
 
 PARAGRAPH, SLIDE = 25, 110  # the most words of a paragraph, and of all, on a slide
-LINES, PICTURE = 20, 16  # of code and output on one slide; a picture's height in lines
+LINES, PICTURE = 20, 15  # of code and output on one slide; a picture's height in lines
 
 STOP = re.compile(r"\*Before you run it:[^*]*\*")
 LEAD = re.compile(r"\*\*[^*]+\*\*(?:[^.?]{0,150}[.?](?= |$))?")
 SPOKEN = re.compile(r"\[!\[|\*\*(What it needs|How long|What to change|Where )")
 CSS = """<style>
-.reveal { --jp-content-font-size1: 26px; --jp-code-font-size: 20px }
-.reveal .celltag_long { --jp-code-font-size: 17px }
+.reveal { --jp-content-font-size1: 26px; --jp-code-font-size: 19px }
+.reveal .celltag_long, .reveal .celltag_wide { --jp-code-font-size: 17px }
 .reveal .celltag_longest { --jp-code-font-size: 14px }
 .reveal blockquote { width: 90%; font-size: 34px }
 .reveal .jp-RenderedHTMLCommon table { font-size: 18px }
 .reveal section img { width: auto; height: auto; max-width: 100%; max-height: 470px }
-.reveal section .celltag_long img { max-height: 330px }
+.reveal section .celltag_long img { max-height: 310px }
+.reveal section .celltag_alone img { max-height: 550px }
 </style>"""
 
 
@@ -106,6 +107,12 @@ def code(cell, above):
         part.metadata.slideshow = {"slide_type": "subslide"}
         if lines > LINES + 1:
             part.metadata.tags = ["long" if lines <= 31 else "longest"]
+        elif part.outputs and PICTURE <= lines <= PICTURE + 2:
+            part.metadata.tags = ["alone"]
+        elif any(
+            len(x) > 95 for y in part.outputs for x in y.get("text", "").split("\n")
+        ):
+            part.metadata.tags = ["wide"]
     fits = parts[0][1] + above.count("\n") <= LINES - 4 and words(above) <= 45
     if above and fits and not STOP.search(above):
         cell.metadata.slideshow = {"slide_type": "-"}
