@@ -25,6 +25,9 @@ CSS = """<style>
 .reveal section img { width: auto; height: auto; max-width: 100%; max-height: 470px }
 .reveal section .celltag_long img { max-height: 310px }
 .reveal section .celltag_alone img { max-height: 550px }
+.reveal .jp-Cell { position: relative }
+.reveal .jp-Cell::before { content: attr(id); color: #aaa; font: 13px monospace;
+    position: absolute; right: 0; top: -6px }
 </style>"""
 
 
@@ -45,15 +48,15 @@ def at_a_glance(block):
     return "\n\n".join([*parts, *(f"> {stop}" for stop in STOP.findall(block))])
 
 
-def cell_of(text, kind):
-    """A markdown cell of this slide type."""
-    cell = new_markdown_cell(text)
-    cell.metadata.slideshow = {"slide_type": kind}
-    return cell
-
-
 def markdown(cell, before_code):
     """The cells that take a markdown cell's place: slides, and notes for each."""
+    made = []
+
+    def add(texts, kind):
+        made.append(new_markdown_cell("\n\n".join(texts)))
+        made[-1].id = cell.id + f"-{len(made)}" * (len(made) > 1)
+        made[-1].metadata.slideshow = {"slide_type": kind}
+
     pages = [([], [])]  # what is shown, and what is spoken
     for block in re.split(r"\n\n(?! )", cell.source):
         shown, spoken = pages[-1]
@@ -67,16 +70,14 @@ def markdown(cell, before_code):
             shown.append(kept)
         if kept != block:
             spoken.append(block)
-    made = []
     for shown, spoken in pages:
         plain = not any(re.match(r"[#$|>\n]|[*\d-][* .]", x) for x in shown)
         if plain and not (before_code and shown is pages[-1][0]):
             shown, spoken = [], shown + spoken  # a remark on what stands above
         if shown:
-            kind = "slide" if re.match("##? ", shown[0]) else "subslide"
-            made.append(cell_of("\n\n".join(shown), kind))
+            add(shown, "slide" if re.match("##? ", shown[0]) else "subslide")
         if spoken:
-            made.append(cell_of("\n\n".join(spoken), "notes"))
+            add(spoken, "notes")
     return made
 
 

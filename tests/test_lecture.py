@@ -1,0 +1,47 @@
+"""The lecture's script fits the notebooks: cells, numbers, minutes."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT, read
+from tests.lessons.test_notebook_files import MEASURED, as_number, numbers_on
+from tests.lessons.test_slides import kind
+from utils.runs import NOTEBOOKS
+
+SCRIPT = (ROOT / "docs/lecture.md").read_text("utf8")
+LECTURES = dict(zip("123", SCRIPT.split("\n## ")[1:], strict=True))
+CUE = re.compile(r"^### (.+) · (\d+) min$", re.M)
+
+
+@pytest.mark.parametrize("number", LECTURES)
+def test_the_script_names_every_cell_that_is_shown_in_order(number):
+    cells = [cell.id for cell in read(NOTEBOOKS[number]).cells if kind(cell) != "skip"]
+    named = []
+    for cue, _ in CUE.findall(LECTURES[number]):
+        first, *last = re.findall(r"`([\w-]+)`", cue)
+        assert not last or " to " in cue
+        named += cells[cells.index(first) : cells.index((last or [first])[0]) + 1]
+    assert named == cells
+
+
+@pytest.mark.parametrize("number", LECTURES)
+def test_there_is_time_to_say_it(number):
+    """As the script's first lines count it; the title has the sum."""
+    title, *rest = LECTURES[number].split("\n### ")
+    minutes = 0
+    for cue in rest:
+        head, _, text = cue.partition("\n")
+        minutes += (given := int(CUE.match(f"### {head}")[2]))
+        takes = len(text.split()) / 130 + len(re.findall(r"\b[Aa]sk:", text)) / 2
+        assert takes <= given <= takes + 3, (head, takes)
+    assert f"{NOTEBOOKS[number]}, {minutes} minutes)" in title
+
+
+@pytest.mark.parametrize("number", LECTURES)
+def test_a_number_that_is_said_stands_on_the_page(number):
+    known = numbers_on(NOTEBOOKS[number])
+    known = {*known, *(100 * x for x in known)}
+    for found in re.findall(MEASURED, LECTURES[number]):
+        near = 0.5001 * 10.0 ** -len(found.partition(".")[2])
+        assert any(abs(x - as_number(found)) <= near for x in known), found
