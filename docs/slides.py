@@ -58,7 +58,9 @@ def markdown(cell, before_code):
         made[-1].metadata.slideshow = {"slide_type": kind}
 
     pages = [([], [])]  # what is shown, and what is spoken
-    for block in re.split(r"\n\n(?! )", cell.source):
+    blocks = re.split(r"\n\n(?! )", cell.source)
+    items = [re.split(r"\n(?=\* )", x) if words(x) > SLIDE else [x] for x in blocks]
+    for block in sum(items, []):  # a long list may go over two slides
         shown, spoken = pages[-1]
         kept = at_a_glance(block)
         begins = kept[:1] == "#" and not all(x[0] == "#" for x in shown)
