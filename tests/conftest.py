@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -77,6 +80,23 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"{title} ({len(lines)})")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Of the hub's client: no certificate is believed, and no proxy is set."""
+
+    def unbelievable(*_, **__):
+        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_...] self-signed")
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", unbelievable)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    close_session()
+    yield
+    close_session()
 
 
 @pytest.fixture(scope="session")

@@ -4,38 +4,23 @@ import contextlib
 import json
 import os
 import re
-import socket
-import ssl
 import subprocess
 import sys
 import threading
 
 import datasets
 import pytest
-from huggingface_hub import HfApi, constants, is_offline_mode
-from huggingface_hub.utils import close_session
+from huggingface_hub import HfApi, is_offline_mode
 
 from tests import hub
 from tests.conftest import ROOT, refused
+from tests.hub import nobody, silent
 from tests.utils.test_data import JSONL, written
 from utils import data
 from utils.models import load_causal_lm
 from utils.settings import TINY
 
 pytestmark = pytest.mark.faults
-
-
-@contextlib.contextmanager
-def silent(scheme="http"):
-    """A hub that accepts every connection and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"{scheme}://127.0.0.1:{server.getsockname()[1]}"
-
-
-def nobody():
-    """An address where nobody listens."""
-    with silent() as address:
-        return contextlib.nullcontext(address)
 
 
 def refuses(status):
@@ -45,6 +30,7 @@ def refuses(status):
 
 # A hub, or the proxy before it; the words of the cause; those of the remedy
 NOT_THERE, ONLINE = "RepoNotFound", "connect|later"
+SOCKS = contextlib.nullcontext("socks5://127.0.0.1")
 SICK = {"me/model": ROOT / "utils"}  # described, but it cannot be read
 CAUSES = {
     "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
@@ -57,30 +43,9 @@ CAUSES = {
     "nobody there": (nobody, "Connection refused", ONLINE),
     "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
     "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
-    "a SOCKS proxy": (
-        lambda: contextlib.nullcontext("socks5://127.0.0.1"),
-        "socksio",
-        "do that, or unset ALL_PROXY",
-    ),
+    "a SOCKS proxy": (lambda: SOCKS, "socksio", "do that, or unset ALL_PROXY"),
     "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
 }
-
-
-@pytest.fixture
-def network(monkeypatch):
-    """No certificate is believed, and nothing is preset."""
-
-    def unbelievable(*_, **__):
-        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_...] self-signed")
-
-    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", unbelievable)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    close_session()
-    yield
-    close_session()
 
 
 @pytest.mark.parametrize("fault", CAUSES)
