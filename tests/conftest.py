@@ -19,7 +19,6 @@ torch.set_num_threads(1)  # on tensors this small more threads only wait for eac
 
 from practice import tiny_world  # noqa: E402
 
-REPORT = pytest.StashKey[dict]()
 needs_posix = pytest.mark.skipif(
     not hasattr(os, "killpg"), reason="Windows has no SIGKILL, process group or fork"
 )
@@ -59,27 +58,6 @@ def refused(says, function, *arguments, **options):
         function(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture(scope="session")
-def report(request):
-    """`report(title, line)` prints a line under this title when all tests are done."""
-    lines = request.config.stash.setdefault(REPORT, {})
-    return lambda title, line: lines.setdefault(title, []).append(line)
-
-
-@pytest.fixture
-def survived(report):
-    """`survived(fault, said)` enters a line into the table of faults."""
-    title = "faults tried, and what is said or done"
-    return lambda fault, said: report(title, f"{fault:58} {said.strip()[:230]}")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for title, lines in config.stash.get(REPORT, {}).items():
-        terminalreporter.section(f"{title} ({len(lines)})")
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture
