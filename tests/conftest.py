@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 from practice import tiny_world  # noqa: E402
+from practice.cells import LOOP, import_cells  # noqa: E402
 
 needs_posix = pytest.mark.skipif(
     not hasattr(os, "killpg"), reason="Windows has no SIGKILL, process group or fork"
@@ -75,6 +76,12 @@ def network(monkeypatch):
     close_session()
     yield
     close_session()
+
+
+@pytest.fixture(scope="session")
+def loop():
+    """PPO's loop as notebook 3 has it: its functions by their names."""
+    return import_cells("3-RLHF.ipynb", *LOOP)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from practice.cells import LOOP, import_cells
 from tests.small import (
     EOS,
     PROMPTS,
@@ -30,11 +29,6 @@ from utils.training import get_device, trunk_dtype
 
 NAN, INF = float("nan"), float("inf")
 close, change = partial(torch.testing.assert_close, rtol=0), dataclasses.replace
-
-
-@pytest.fixture(scope="module")
-def loop():
-    return import_cells("3-RLHF.ipynb", *LOOP)
 
 
 @pytest.fixture
@@ -283,14 +277,3 @@ def test_device_and_precision_are_the_best_there_are_or_named(monkeypatch, gpu, 
         missing = pytest.raises(ValueError, match=says)
         with contextlib.nullcontext() if there else missing:
             assert get_device(change(FULL, device=name)).type == name
-
-
-def test_a_rollout_is_saved_before_it_is_looked_at():
-    """What is looked at may fail, on a device without float64 for instance."""
-    saved, run = [], SimpleNamespace(policy=None, snapshots={}, history=[])
-    names = {"settings": SETTINGS, "held_out": [], "run": run, "evaluate": None}
-    names["checkpoint"] = SimpleNamespace(save=lambda: saved.append(True))
-    pause = import_cells("3-RLHF.ipynb", "pause", names=names)["pause"]
-    with pytest.raises(TypeError, match="not callable"):
-        pause(0)
-    assert saved

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from more import lora
-from practice.cells import LOOP, import_cells
+from practice.cells import import_cells
 from tests.small import EOS, SETTINGS, collect, small_lm
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.runs import NOTEBOOKS
@@ -303,8 +303,8 @@ SICK = [  # and which of these sentences are not so
 
 
 @pytest.mark.parametrize("infect, wrong", SICK)
-def test_a_sick_start_is_named_and_a_healthy_one_is_not(infect, wrong):
-    start, loop = OneBase(), import_cells("3-RLHF.ipynb", *LOOP)
+def test_a_sick_start_is_named_and_a_healthy_one_is_not(loop, infect, wrong):
+    start = OneBase()
     checks = import_cells(NOTEBOOKS["8"], "adapter-checks")["adapter_checks"]
     infect(start)
     rollout = collect(loop, start.policy, start.reference, by=start.score)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from more import lora
-from practice.cells import LOOP, import_cells
+from practice.cells import import_cells
 from tests.more.test_lora import SHARED, free, gpt2, llama
 from tests.small import SETTINGS, collect, guarded
 from utils.models import PolicyWithValueHead, freeze
@@ -40,9 +40,8 @@ def test_the_weights_by_hand():
 
 @pytest.mark.parametrize("layout", [0, 2])
 @pytest.mark.parametrize("lm", [gpt2(128, 3), llama(128, 3)])
-def test_what_is_counted_is_what_was_worked_out(lm, layout):
+def test_what_is_counted_is_what_was_worked_out(loop, lm, layout):
     """Full fine-tuning and one base with two adapters; half the texts take half."""
-    loop = import_cells("3-RLHF.ipynb", *LOOP)
     lms = [AutoModelForCausalLM.from_config(lm.config).eval() for _ in range(3)]
     if layout == 2:
         for name in ("reward", "policy"):

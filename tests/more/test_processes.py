@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from more import processes
-from practice.cells import LOOP, import_cells
 from tests.conftest import needs_posix
 from tests.small import EOS, PROMPTS, SETTINGS, make_policy, score
 from utils.models import freeze
@@ -23,23 +22,18 @@ MIXED = [[3], [4, 2]] * 11 + [[5, 6, 7, 8], [3]]
 
 
 @pytest.fixture(scope="module")
-def loop():
-    return SimpleNamespace(**import_cells("3-RLHF.ipynb", *LOOP))
-
-
-@pytest.fixture(scope="module")
 def rollout(loop):
     """A rollout with its advantages, of one process."""
     policy, generator = make_policy().float(), torch.Generator().manual_seed(0)
     given = freeze(make_policy().lm.float()), score, PROMPTS * 8, EOS, SETTINGS
-    rollout = loop.collect_rollout(policy, *given, generator)
-    return loop.ppo_advantages(rollout, SETTINGS, 0.1)
+    rollout = loop["collect_rollout"](policy, *given, generator)
+    return loop["ppo_advantages"](rollout, SETTINGS, 0.1)
 
 
 def fresh(loop, settings=SETTINGS):
     """A run whose value head has learnt something."""
     policy = make_policy().float()
-    run = loop.fresh_run(policy.lm, settings)
+    run = loop["fresh_run"](policy.lm, settings)
     run.policy.value_head.load_state_dict(policy.value_head.state_dict())
     return run
 
@@ -63,16 +57,16 @@ def whole_run(loop, work) -> dict:
     def collect(*given):  # the first one's responses are shorter
         *given, settings, generator = given
         settings = replace(settings, max_new_tokens=6 if second else 3)
-        return loop.collect_rollout(*given, settings, generator)
+        return loop["collect_rollout"](*given, settings, generator)
 
     def advantages(rollout, *options):
         seen.append({k: x for k, x in vars(rollout).items() if x is not None})
-        return loop.ppo_advantages(rollout, *options)
+        return loop["ppo_advantages"](rollout, *options)
 
     given = freeze(make_policy().lm.float()), score, lambda step: MIXED, END, SETTINGS
     collect = partial(processes.collect_together, collect)
-    update = partial(loop.ppo_update, gradients=work)
-    loop.train(run, *given, advantages, update, collect=collect)
+    update = partial(loop["ppo_update"], gradients=work)
+    loop["train"](run, *given, advantages, update, collect=collect)
     state = run.policy.state_dict() | {"generator": run.generator.get_state()}
     return {"history": run.history, "rollouts": seen, "state": state}
 
@@ -82,7 +76,7 @@ def in_each(folder, loop, rollout):
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate takes more
     accelerate.PartialState._reset_state()  # of an earlier test
     state = accelerate.PartialState(cpu=True)
-    work = partial(processes.gradients_together, loop.gradients)
+    work = partial(processes.gradients_together, loop["gradients"])
     found = gradients(loop, rollout, work)
     found["run"] = whole_run(loop, work)
     torch.save(found, folder / f"{state.process_index}.pt")
@@ -100,7 +94,7 @@ def two(loop, rollout, tmp_path_factory):
 def test_the_gradients_are_those_of_one_process(loop, rollout, two):
     lengths = rollout.mask[ROWS].sum(dim=1).sort().values
     assert abs(lengths[::2].sum() / lengths[1::2].sum() - 1) > 0.1  # not weighed alike
-    alone = gradients(loop, rollout, loop.gradients)
+    alone = gradients(loop, rollout, loop["gradients"])
     assert alone["figures"]["ratio_max"] > 1.2
     frozen = [name for name, x in alone["gradients"].items() if x is None]
     assert frozen == ["lm.transformer.wpe.weight"]
