@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import re
+from unittest.mock import Mock, call
 
 import accelerate
 import nbformat
@@ -84,33 +85,20 @@ def test_a_tracker_that_is_missing_is_one_sentence(tmp_path):
 
 def test_a_tracker_that_breaks_ends_no_training(tmp_path, monkeypatch):
     """What it may end is a run that has not begun."""
-
-    class Tracker:
-        """Stands for accelerate's: it breaks at step 2, and later has no key."""
-
-        trackers, sent = [1], []
-
-        def __init__(self, log_with, project_dir):
-            self.sent.append((log_with, project_dir))
-
-        def init_trackers(self, *_):
-            if len(self.sent) > 1:
-                raise ValueError("no API key\nlog in first")
-
-        def log(self, figures, step):
-            if step == 2:
-                raise ConnectionError("the line is dead")
-            self.sent.append((figures, step))
-
     settings = dataclasses.replace(TINY, runs_dir=str(tmp_path), log_to="wandb")
-    monkeypatch.setattr(accelerate, "Accelerator", Tracker)
+    monkeypatch.setattr(accelerate, "Accelerator", Mock())
+    tracker = accelerate.Accelerator.return_value
+    tracker.log.side_effect = [None, ConnectionError("the line is dead"), None]
     log = start_tracker(settings)
     log({"kl": 1.0}, 1)
     with pytest.warns(UserWarning, match="wandb .* step 2 .*the line is dead"):
         log({"kl": 2.0}, 2)
     log({"kl": 3.0}, 3)
-    figures = [({"kl": 1.0}, 1), ({"kl": 3.0}, 3)]
-    assert Tracker.sent == [("wandb", settings.folder), *figures]
+    sent = [call({"kl": float(step)}, step=step) for step in (1, 2, 3)]
+    assert tracker.log.call_args_list == sent
+    how = {"log_with": "wandb", "project_dir": settings.folder}
+    accelerate.Accelerator.assert_called_once_with(**how)
+    tracker.init_trackers.side_effect = ValueError("no API key\nlog in first")
     says = "^cannot send [^\n]*no API key log in first"
     with pytest.raises(RuntimeError, match=says):
         start_tracker(settings)
