@@ -6,7 +6,7 @@ import random
 import pytest
 
 from more.labelling import Labeller, Question, describe, make_questions
-from more.preferences import append_pair, read_pairs
+from more.preferences import read_pairs
 from more.widgets import labelling_box
 from practice.cells import import_cells
 from utils.runs import NOTEBOOKS
@@ -133,15 +133,3 @@ def test_the_box_takes_clicks_and_keys_and_shows_texts_as_they_are(path):
     assert [b.disabled for b in buttons.children] == [True, True, True, False]
     buttons.children[3].click()
     assert labeller.done == 12 and not buttons.children[0].disabled
-
-
-def test_undo_takes_its_own_line_not_the_last(path):
-    questions, foreign = make_questions(PAIRS[:5], seed=2), {"prompt": "p"}
-    labeller = Labeller(questions, path)
-    labeller.answer("1")
-    first = path.read_bytes()
-    labeller.answer("2")
-    append_pair(path, foreign | {"chosen": " a", "rejected": " b"})
-    line = path.read_bytes().splitlines(keepends=True)[-1]
-    Labeller(questions, path).answer("u")
-    assert path.read_bytes() == first + line
