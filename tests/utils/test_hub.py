@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 
 import datasets
@@ -13,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi, is_offline_mode
 
 from tests import hub
-from tests.conftest import ROOT, refused
+from tests.conftest import ROOT, python, refused
 from tests.hub import nobody, silent
 from tests.utils.test_data import JSONL, written
 from utils import data
@@ -97,12 +94,8 @@ print(json.dumps([*said, is_offline_mode()]))
 
 def loads(cases, **environ):
     """What becomes of each (what, name), in a process of their own; what is printed."""
-    known = ("HF_", "TRANSFORMERS_", "RLHF_", "TQDM_")
-    rest = {k: v for k, v in os.environ.items() if not k.startswith(known)}
-    environ = {**rest, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ}
-    command = [sys.executable, "-c", LOAD, json.dumps(cases)]
-    options = {"capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run(command, cwd=ROOT, env=environ, **options)
+    environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": ""}
+    done = python("-c", LOAD, json.dumps(cases), HF_HUB_OFFLINE="0", **environ)
     assert done.returncode == 0, done.stderr[-3000:]
     *printed, said = done.stdout.splitlines()
     return json.loads(said), "".join(printed)
