@@ -157,10 +157,7 @@ def test_the_split_shares_no_prompt():
 @pytest.mark.parametrize(
     "texts, says",
     [
-        (
-            ("the pl", "ot is fine .", " is"),
-            "a token of prompt + chosen begins",
-        ),
+        (("the pl", "ot is fine .", " is"), "a token of prompt + chosen begins"),
         (("the pl", " is", "ot is dull"), "a token of prompt + rejected begins"),
         (
             ("the plot", " is<|endoftext|>", " is"),
