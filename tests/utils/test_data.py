@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from collections import Counter
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -225,41 +226,32 @@ def tokenizer(world):
     return data.load_tokenizer(str(world / "model"))
 
 
-MACHINE = {  # of an error and its first cause the latter counts, and its remedy
-    "PermissionError: .*; ask its owner for the perm": PermissionError(13, "Denied"),
-    "OSError: .*No space.*; make room": OSError(28, "No space left on device"),
-    "OSError: .*quota.*; make room": OSError(122, "Disk quota exceeded"),
-    "OSError: .*Read-only.*; .*HF_HOME": OSError(30, "Read-only file system"),
-    "MemoryError: .*; free memory": MemoryError("tried 9 GiB"),
+FILE, NAME = "a file", "a name"
+OTHERS = {  # what is said; of the error of another, and what is being loaded
+    "PermissionError: .*; ask its owner for": (PermissionError(13, "Denied"), FILE),
+    "OSError: .*No space.*; make room": (OSError(28, "No space left"), FILE),
+    "OSError: .*quota.*; make room": (OSError(122, "Disk quota exceeded"), FILE),
+    "OSError: .*Read-only.*; .*HF_HOME": (OSError(30, "Read-only file system"), FILE),
+    "MemoryError: .*; free memory": (MemoryError("tried 9 GiB"), FILE),
+    "NotFoundError: .*; install it": (ModuleNotFoundError("No module 'x'"), NAME),
+    "KeyError: .*; update the library": (KeyError("a new kind"), NAME),
+    "; correct HF_TOKEN$": (UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"), NAME),
+    "disabled.*; unset HF_HUB_OFFLINE": (OSError("outgoing traffic is disabled"), NAME),
 }
-OF_A_NAME = {
-    "ModuleNotFoundError: .*; install it": ModuleNotFoundError("No module named 'x'"),
-    "KeyError: .*; update the library": KeyError("a new kind"),
-    "; correct HF_TOKEN$": UnicodeEncodeError("ascii", "hf_…", 3, 4, "ordinal"),
-    "disabled.*; unset HF_HUB_OFFLINE": OSError("outgoing traffic is disabled"),
-}
 
 
-@pytest.mark.parametrize("says", MACHINE)
-def test_what_the_machine_did_is_no_fault_of_the_file(tmp_path, says):
-    def load():
-        with data.loading("model", tmp_path):
-            raise RuntimeError("damaged") from MACHINE[says]
-
-    refused(says, load)
-
-
-@pytest.mark.parametrize("says", OF_A_NAME)
-def test_what_the_machine_did_is_no_fault_of_the_name(monkeypatch, says):
-    def fail(*_, **__):
-        raise OF_A_NAME[says]
+@pytest.mark.parametrize("says", OTHERS)
+def test_what_another_did_is_no_fault_of_what_is_loaded(tmp_path, monkeypatch, says):
+    """Of an error and its first cause the latter counts, and its remedy."""
+    error, what = OTHERS[says]
+    name, known = (tmp_path, error) if what == FILE else ("me/model", None)
 
     def load():
-        with data.loading("model", "me/model"):
-            raise RuntimeError("not in the cache")
+        with data.loading("model", name):
+            raise RuntimeError("damaged, or not in the cache") from known
 
-    monkeypatch.setattr(data, "repo_info", fail)
-    refused(rf"^cannot load the model 'me/model' \(.*{says}", load)
+    monkeypatch.setattr(data, "repo_info", Mock(side_effect=error))
+    refused(rf"^cannot load the model '.*' \(.*{says}", load)
 
 
 def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world):
