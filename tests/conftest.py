@@ -49,7 +49,6 @@ def read(notebook):
 
 
 def code_cells(notebook) -> dict:
-    """Its code cells, by their ids."""
     return {cell.id: cell for cell in read(notebook).cells if cell.cell_type == "code"}
 
 
@@ -86,7 +85,6 @@ def loop():
 
 @pytest.fixture(scope="session")
 def world():
-    """The folder of the tiny world."""
     return tiny_world.build_world(ROOT / tiny_world.WORLD)
 
 

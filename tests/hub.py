@@ -127,12 +127,10 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
 
 @contextlib.contextmanager
 def silent(scheme="http"):
-    """A hub that accepts every connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"{scheme}://127.0.0.1:{server.getsockname()[1]}"
 
 
 def nobody():
-    """An address where nobody listens."""
     with silent() as address:
         return contextlib.nullcontext(address)

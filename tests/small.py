@@ -62,7 +62,6 @@ def collect(loop, policy, reference=None, settings=SETTINGS, by=score):
 
 
 def guarded(policy, optimizer=None, settings=SETTINGS, scaler=None):
-    """The optimiser that the loop takes; AdamW if none is given."""
     optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-5)
     made = GuardedOptimizer(policy, optimizer, settings)
     made.scaler = scaler or made.scaler
@@ -70,7 +69,6 @@ def guarded(policy, optimizer=None, settings=SETTINGS, scaler=None):
 
 
 def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, loss=None):
-    """The update of the notebook, of which `loss` may be another one."""
     optimizer = optimizer or guarded(policy, settings=settings)
     models, generator = (policy, optimizer), torch.Generator().manual_seed(0)
     how = partial(loop["gradients"], loss=loss or loop["ppo_loss"])
@@ -78,6 +76,5 @@ def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, loss=None):
 
 
 def go(loop, run, models, settings, *pause):
-    """PPO, with the functions of the notebook."""
     how = (loop["ppo_advantages"], loop["ppo_update"])
     loop["train"](run, *models, settings, *how, *pause)

@@ -12,7 +12,6 @@ ROOMS = ("utils", "practice", "more", "workshop", "exercises")
 
 
 def test_the_contracts_are_kept():
-    """Those of .importlinter: each room imports from those below it."""
     lint = "from importlinter.cli import lint_imports_command as lint; lint()"
     done = python("-c", lint, "--no-cache", NO_COLOR="1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,6 @@ SETUP = r"REPOSITORY = \"https://github.com/{}"
 
 
 def steps(workflow, job):
-    """The shell commands of a job, one after the other."""
     file = ROOT / ".github/workflows" / workflow
     job = yaml.safe_load(file.read_text("utf8"))["jobs"][job]
     return "\n".join(step["run"] for step in job["steps"] if "run" in step)

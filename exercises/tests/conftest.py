@@ -70,7 +70,6 @@ def as_colab_saves(notebook):
 
 
 def put(folder, content, name):
-    """Write a notebook, or a text, as a file of this name."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / name).write_text(text, "utf8")

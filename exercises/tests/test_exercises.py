@@ -209,7 +209,6 @@ WRONG = [
 
 @pytest.mark.parametrize("answer, right, wrong, says", WRONG)
 def test_a_likely_mistake_is_named(answer, right, wrong, says):
-    """The answer cell, wrong, and the check that follows it."""
     (name,) = (x for x in EXERCISES if answer in [cell.id for cell in read(x).cells])
     left_out = ("run-", "name-", "check-name-", "setup", "code-", "revealed")
     space, said = {}, io.StringIO()

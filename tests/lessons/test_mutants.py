@@ -78,7 +78,6 @@ def change_cell(monkeypatch, cell_id, old, new):
 
 
 def change_step(monkeypatch, old, new):
-    """The optimiser takes its steps in a changed way."""
     step = training.GuardedOptimizer.step
     namespace = {}
     source = changed(textwrap.dedent(inspect.getsource(step)), old, new)

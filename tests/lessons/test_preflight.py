@@ -127,7 +127,6 @@ HEALTHY |= {"approx_kl": 0.01, "explained_variance": -0.1}
 
 
 def signs(*histories):
-    """The rollouts after which each sign is seen."""
     astray, found = import_cells(NOTEBOOK, "snapshot")["astray"], {}
     history = [HEALTHY | changes for changes, n in histories for _ in range(n)]
     for n in range(1, len(history) + 1):

@@ -87,7 +87,6 @@ def test_the_table_of_the_command(series):
 
 @pytest.mark.parametrize("number", "123")
 def test_the_executed_copies_are_whole_and_quiet(series, number):
-    """Every cell was run; nothing is red (stderr), and nothing a widget."""
     for cell in code_cells(series[0] / NOTEBOOKS[number]).values():
         assert cell.execution_count
         for output in cell.outputs:

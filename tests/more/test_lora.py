@@ -173,8 +173,6 @@ def test_peft_reads_ours_and_we_read_its(model, tmp_path):
 
 
 def has(**changes):
-    """Another configuration."""
-
     def spoil(folder):
         config = json.loads((folder / lora.CONFIG).read_text()) | changes
         (folder / lora.CONFIG).write_text(json.dumps(config))

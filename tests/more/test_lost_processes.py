@@ -38,7 +38,6 @@ def start():
 
 
 def meet(start, what):
-    """The command, and its two processes as soon as they have met."""
     command = start("tests.more.processes_at_work", what)
     pids = command.stdout.readline().split()
     assert len(pids) == 2, command.communicate()[1]

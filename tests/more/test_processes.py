@@ -23,7 +23,6 @@ MIXED = [[3], [4, 2]] * 11 + [[5, 6, 7, 8], [3]]
 
 @pytest.fixture(scope="module")
 def rollout(loop):
-    """A rollout with its advantages, of one process."""
     policy, generator = make_policy().float(), torch.Generator().manual_seed(0)
     given = freeze(make_policy().lm.float()), score, PROMPTS * 8, EOS, SETTINGS
     rollout = loop["collect_rollout"](policy, *given, generator)
@@ -72,7 +71,6 @@ def whole_run(loop, work) -> dict:
 
 
 def in_each(folder, loop, rollout):
-    """What each of the processes does."""
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate takes more
     accelerate.PartialState._reset_state()  # of an earlier test
     state = accelerate.PartialState(cpu=True)
@@ -84,7 +82,6 @@ def in_each(folder, loop, rollout):
 
 @pytest.fixture(scope="module")
 def two(loop, rollout, tmp_path_factory):
-    """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
     accelerate.debug_launcher(in_each, (folder, loop, rollout), num_processes=2)
     return [torch.load(folder / f"{i}.pt", weights_only=True) for i in (0, 1)]

@@ -28,7 +28,6 @@ def case():
 
 
 def moments_of(case, k, advantage, shift=0.0):
-    """Mean and variance, with an advantage for each response of a group."""
     world, lm, R = case
 
     def weights(groups):

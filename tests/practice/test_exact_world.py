@@ -26,7 +26,6 @@ def world():
 
 
 def another_policy(world, seed=0):
-    """A policy other than the reference, in float64."""
     lm = exact_world.ExactWorld(seed).reference.double().requires_grad_(True)
     assert not torch.allclose(world.logprobs(lm), world.logprobs(world.reference))
     return lm
@@ -145,7 +144,6 @@ SLOW = [pytest.param(beta, range(10), marks=pytest.mark.slow) for beta in BETAS]
 
 @pytest.mark.parametrize("beta, seeds", [(0.5, [0]), *SLOW])
 def test_ppo_finds_the_optimum(beta, seeds):
-    """At least 98 % of what there is to gain."""
     shares = [learn(beta, seed) for seed in seeds]
     assert min(shares) >= 0.98, shares
 

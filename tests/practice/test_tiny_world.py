@@ -90,7 +90,6 @@ def test_the_data_set_is_as_quirky_as_sst2_and_exact(dataset, world):
 
 
 def test_counting_words_is_not_enough(dataset, world):
-    """A classifier of word counts stays at or below 0.85."""
     train, held_out = dataset["train"][:8000], dataset["validation"]
     tokenizer = load_tokenizer(world / "model")
     judge = train_judge(train["sentence"], train["label"], tokenizer, seed=0)

@@ -25,7 +25,6 @@ NAMES, METRICS = ("sft", "reward_model"), {"before": {}, "after": {"loss": 1.5}}
 
 @pytest.fixture
 def saved(tmp_path):
-    """Settings, with both artefacts that notebook 3 needs."""
     settings = load_settings("tiny", {"runs_dir": str(tmp_path)})
     made = (small_lm(), RewardModel(small_lm(seed=1).base_model))
     for name, model in zip(NAMES, made, strict=True):

@@ -75,7 +75,6 @@ def settings(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody interrupted."""
     runs = str(tmp_path_factory.mktemp("whole"))
     return Started(dataclasses.replace(SETTINGS, runs_dir=runs)).go()
 

@@ -40,7 +40,6 @@ def measuring(seed=42):
 
 
 def alone(lm, ids, n):
-    """Log-probability of the last n tokens, from the model's own logits."""
     logprobs = lm(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     return logprobs[range(len(ids) - 1), ids[1:]][-n:].sum().item()
 

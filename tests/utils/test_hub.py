@@ -21,7 +21,6 @@ pytestmark = pytest.mark.faults
 
 
 def refuses(status):
-    """What serves a hub that answers everything with this status."""
     return lambda: hub.serve({}, {}, lambda n: status)
 
 

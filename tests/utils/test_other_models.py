@@ -81,7 +81,6 @@ def test_a_model_goes_the_whole_way_or_is_refused(saved, name):
 
 @torch.no_grad()
 def far_from_its_own(lm, texts, logprobs):
-    """How far log-probabilities are from the model's own logits of each text alone."""
     worst = 0.0
     for ids, attention, mask, ours in zip(*texts, logprobs, strict=True):
         text, n = ids[attention.bool()], int(mask.sum())

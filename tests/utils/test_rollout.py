@@ -62,7 +62,6 @@ def test_what_is_sampled_is_the_policy():
 
 
 def test_a_finished_response_costs_nothing():
-    """Each step runs only the responses that go on, one new token of each."""
     model, sizes = small_lm(), []
     model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
