@@ -9,6 +9,7 @@ from more.labelling import Labeller, Question, describe, make_questions
 from more.preferences import read_pairs
 from more.widgets import labelling_box
 from practice.cells import import_cells
+from tests.conftest import refused
 from utils.runs import NOTEBOOKS
 
 PAIRS = [(f"film {i} is", f" good {i} .", f" bad {i} .") for i in range(45)]
@@ -52,8 +53,7 @@ def test_each_answer_is_on_disk_and_labelling_goes_on_where_it_stopped(path):
     assert later.answers == labeller.answers
     (fault,) = later.faults
     assert fault.startswith(f"{path}, line {len(chosen) + 1}: ")
-    with pytest.raises(ValueError, match="all 20 questions are answered"):
-        labeller.answer("1")
+    refused("all 20 questions are answered", labeller.answer, "1")
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -74,8 +74,7 @@ def test_undo_takes_the_last_answer_back_from_the_disk(path, restart):
         labeller.answer("u")
         assert labeller.question == questions[number] and on_disk() == kept[number]
     for key, says in (("u", "no answer to undo"), ("3", "1, 2, s .skip. or u .undo.")):
-        with pytest.raises(ValueError, match=says):
-            labeller.answer(key)
+        refused(says, labeller.answer, key)
 
 
 def test_the_report_by_hand(path):

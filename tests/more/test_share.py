@@ -85,8 +85,7 @@ def test_the_card_names_no_folder_here(folder, tmp_path):
     for name, public in (names | {"C:\\models": 0, "utils": 0}).items():  # a folder
         assert public_name(name) == (name if public else None)
     for name in ("praise", "a/b/c", "me/", "/praise", "me/a b", "-/x"):
-        with pytest.raises(ValueError, match="OWNER/MODEL|[Rr]epo id"):
-            check_name(name)
+        refused("OWNER/MODEL|[Rr]epo id", check_name, name)
 
 
 @pytest.fixture

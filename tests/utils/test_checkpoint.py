@@ -12,7 +12,7 @@ import torch
 
 import utils
 from practice.cells import LOOP, import_cells
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refused
 from tests.small import EOS, PROMPTS, SETTINGS, go, score, small_lm
 from utils.models import freeze
 from utils.runs import Checkpoint, code_hash, prepare, show_source
@@ -150,13 +150,11 @@ def test_what_changes_under_a_run_is_refused(settings):
     """Interrupted, something changed in a new cell, and the loop's cell run again."""
     run = Started(settings).go(until=3)
     cell(WHITEN, run.loop)
-    with pytest.raises(RuntimeError, match="with other code; [^\n]*begin anew"):
-        run.go()
+    refused("with other code; .*begin anew", run.go)
     run.settings = dataclasses.replace(settings, kl_coef=0.7)
     for weight in run.reference.parameters():
         weight.neg_()
-    with pytest.raises(RuntimeError, match="kl_coef and code and model or prompts"):
-        run.go()
+    refused("kl_coef and code and model or prompts", run.go)
     assert len(run.history) == 3
 
 
@@ -172,9 +170,7 @@ def test_a_damaged_or_foreign_checkpoint_is_an_error_and_stays(settings, fault):
     run = Started(settings).go(until=2)
     SPOILED[fault](run.path)
     content = run.path.read_bytes()
-    says = r"cannot read .*ppo\.pt \(.*delete it if it is damaged"
-    with pytest.raises(OSError, match=says):
-        Started(settings)
+    refused(r"cannot read .*ppo\.pt \(.*delete it if it is damaged", Started, settings)
     assert run.path.read_bytes() == content
     run.checkpoint.discard()
     assert Started(settings).history == []
@@ -243,9 +239,7 @@ def test_a_file_of_utils_edited_under_a_kernel_is_named(settings, monkeypatch):
     ways = [lambda: prepare("sft", "tiny"), lambda: show_source(cell)]
     for file in (ROOT / "utils").glob("*.py"):
         monkeypatch.setitem(utils._AT_IMPORT, file, b"# as it was")
-        says = f"^utils/{file.name} changed [^\n]*restart the kernel"
         for way in (*ways, lambda: run.checkpoint.check(settings)):
-            with pytest.raises(RuntimeError, match=says):
-                way()
+            refused(f"^utils/{file.name} changed .*restart the kernel", way)
         monkeypatch.undo()
     run.checkpoint.check(settings)

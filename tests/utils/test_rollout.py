@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.conftest import refused
 from tests.small import EOS, PROMPTS, small_lm
 from utils.data import pad
 from utils.models import label_logprobs, vocabulary_logits
@@ -102,8 +103,7 @@ def test_a_spread_that_may_be_rounding_is_no_scale(middle, spread, good):
             expected = (raw.mean().item(), raw.std().item())
             assert score_scale(raw, dtype) == pytest.approx(expected, abs=1e-12)
         else:
-            with pytest.raises(ValueError, match=f"64 .*{str(dtype)[6:]}; train it on"):
-                score_scale(raw, dtype)
+            refused(f"64 .*{str(dtype)[6:]}; train it on", score_scale, raw, dtype)
 
 
 def make_rollout(**changes):
@@ -131,8 +131,7 @@ def make_rollout(**changes):
     ],
 )
 def test_a_broken_rollout_is_refused(name, value, message):
-    with pytest.raises(ValueError, match=message):
-        make_rollout(**{name: torch.tensor(value)})
+    refused(message, make_rollout, **{name: torch.tensor(value)})
 
 
 def head(weight):
@@ -170,8 +169,8 @@ def test_label_logprobs_are_token_logprobs_of_the_logits(temperature, frozen):
     ]
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match=r"hidden without d \(7,\).*labels \(6,\)"):
-        label_logprobs(lm, hidden, labels[:6])
+    says = r"hidden without d \(7,\).*labels \(6,\)"
+    refused(says, label_logprobs, lm, hidden, labels[:6])
 
 
 def test_label_logprobs_near_gpt2s_logits_and_from_half_precision():

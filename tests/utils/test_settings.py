@@ -97,5 +97,5 @@ def test_writing_is_tried_before_anything_is_trained(world, tmp_path):
     """In a folder in which not even root may write."""
     (tmp_path / "tiny").symlink_to("/sys/kernel")
     names = {"model_name": str(world / "model"), "dataset_name": str(world / "dataset")}
-    with pytest.raises(OSError, match="cannot write into .*runs_dir"):
-        prepare("sft", "tiny", {"runs_dir": str(tmp_path), **names})
+    names["runs_dir"] = str(tmp_path)
+    refused("cannot write into .*runs_dir", prepare, "sft", "tiny", names)
