@@ -112,11 +112,12 @@ def place(text: str, target: Path, when: float):
         (target.parent / "timestamp.txt").write_text(stamp)
 
 
-def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
-    """Write `submitted/<student>/<exercise>/<exercise>.ipynb` for each file there is.
+def find(folder: Path, course: Path = COURSE) -> tuple[dict, list[str]]:
+    """What is in a folder: (anybody's name in small letters, exercise) -> its files.
 
-    Returns a line for each file that was placed, and for each that was not, with the
-    reason. Raises NotADirectoryError if there is no such folder.
+    Of each the path, the student, the restored text, and the cells that were put back.
+    And a line for each file that is of no use, with the reason. Raises
+    NotADirectoryError if there is no such folder.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder; name the one to collect from")
@@ -124,7 +125,7 @@ def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
     if not released:
         raise ValueError(f"{course} has no release; run exercises.release first")
     exercises = {path.stem: nbformat.read(path, as_version=4) for path in released}
-    found, placed, not_placed = defaultdict(list), [], []
+    found, of_no_use = defaultdict(list), []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.is_dir() or any(x.startswith((".", "__MACOSX")) for x in inside.parts):
@@ -137,9 +138,19 @@ def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
             text = nbformat.writes(restored) + "\n"
         except Exception as error:  # one odd file must not keep the others from it
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            not_placed.append(f"{inside}: {kind}{error}")
+            of_no_use.append(f"{inside}: {kind}{error}")
         else:
             found[student.casefold(), name].append((inside, student, text, missing))
+    return found, of_no_use
+
+
+def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
+    """Write `submitted/<student>/<exercise>/<exercise>.ipynb` for each file there is.
+
+    Returns a line for each file that was placed, and for each that was not, with the
+    reason.
+    """
+    (found, not_placed), placed = find(folder, course), []
     for (_, name), submitted in found.items():
         inside, student, text, missing = submitted[0]
         if len(submitted) > 1:

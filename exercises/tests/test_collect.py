@@ -1,9 +1,12 @@
 """What comes back from a class, file by file."""
 
+import zipfile
+
 import nbformat
 import pytest
 
 from exercises.collect import COURSE, collect
+from exercises.hand_back import archive, enter
 from exercises.tests.conftest import (
     ONE,
     as_colab_saves,
@@ -111,3 +114,61 @@ def test_what_changed_gets_another_time(course, collected):
         collected(notebook)
         times.append(stamp.read_text())
     assert times[0] == times[1] < times[2]
+
+
+def test_feedback_is_called_as_what_came_back(course):
+    """So a platform finds whose it is; of two that were not collected there is none."""
+    moodle = "Ada Lovelace_17_assignsubmission_file/Copy of x (1)"
+    canvas = "hoppergrace_LATE_12_345_x"
+    for name in (moodle, canvas, "twice/1", "twice/2"):
+        put(course / "returned", read(ONE), f"{name}.ipynb")
+    put(course / "feedback", "her page", f"Ada-Lovelace/{ONE}/{ONE}.html")
+    put(course / "feedback", "it ended", f"hoppergrace/{ONE}/not-graded.txt")
+    put(course / "feedback", "whose?", f"twice/{ONE}/{ONE}.html")
+    for _ in range(2):
+        (found,) = archive(course / "returned", course)
+    assert found.name == f"feedback-{ONE}.zip"
+    with zipfile.ZipFile(found) as file:
+        pages = [(name, file.read(name)) for name in file.namelist()]
+    assert pages == [(f"{moodle}.html", b"her page"), (f"{canvas}.txt", b"it ended")]
+
+
+MARKS = """student_id,assignment,score
+lovelaceada,4-gae,0.0
+José-Núñez,4-gae,11.0
+u17,2-reward-head,3.5
+u17,4-gae,
+twin,4-gae,7
+16,4-gae,8
+"""
+CANVAS = """Student,ID,SIS Login ID,Section,2-Reward-Head (81),4-GAE (82)
+    Points Possible,,,,16,15
+"Lovelace, Ada",901,al,"A, B",,
+"Hopper, Grace",903,u17,A,,4
+"Doe, Jo",904,twin,A,,
+"Doe, Jim",905,twin,A,,
+"""
+MOODLE = """\ufeffFirst name;Last name;Email address;Assignment: 4-gae (Real);Last
+José;Núñez;jn@x.org;-;1
+Grace;Hopper;U17@x.org;5;"2
+
+3"
+"""
+GRADEBOOKS = [  # a platform's, what becomes of it, and whose marks have no place
+    (CANVAS, {'B",,': 'B",,0.0', "u17,A,,": "u17,A,3.5,"}, ["José", "twin", "16"]),
+    (MOODLE, {"\ufeff": "", "org;-": "org;11.0"}, ["lovel", "u17", "twin", "16"]),
+]
+
+
+@pytest.mark.parametrize("gradebook, changes, left", GRADEBOOKS)
+def test_marks_stand_where_student_and_exercise_meet(
+    tmp_path, gradebook, changes, left
+):
+    """What was there stays; whoever has no row, or shares one, is named."""
+    put(tmp_path, MARKS, "marks.csv")
+    put(tmp_path, gradebook, "book.csv")
+    said = enter(tmp_path / "marks.csv", tmp_path / "book.csv")
+    assert [x[: len(y)] for x, y in zip(said, left, strict=True)] == left
+    for old, new in changes.items():
+        gradebook = gradebook.replace(old, new)
+    assert (tmp_path / "filled-book.csv").read_text("utf8") == gradebook
