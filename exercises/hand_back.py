@@ -21,10 +21,11 @@ def archive(returned: Path, course: Path = COURSE) -> list[Path]:
     """Write `feedback-<exercise>.zip`, with a page beside each file that came back."""
     for old in course.glob("feedback-*.zip"):
         old.unlink()
-    for (_, name), ((inside, student, *_), *others) in find(returned, course)[
-        0
-    ].items():
-        for page in () if others else (course / "feedback" / student / name).glob("*"):
+    found, _ = find(returned, course)
+    for (_, name), ((inside, student, *_), *others) in found.items():
+        folder = course / "feedback" / student / name
+        pages = [*folder.glob("*.html"), *folder.glob("not-graded.txt")]
+        for page in () if others else pages:
             with ZipFile(course / f"feedback-{name}.zip", "a", ZIP_DEFLATED) as file:
                 file.write(page, inside.with_suffix(page.suffix).as_posix())
     return sorted(course.glob("feedback-*.zip"))

@@ -123,6 +123,7 @@ def test_feedback_is_called_as_what_came_back(course):
     for name in (moodle, canvas, "twice/1", "twice/2"):
         put(course / "returned", read(ONE), f"{name}.ipynb")
     put(course / "feedback", "her page", f"Ada-Lovelace/{ONE}/{ONE}.html")
+    put(course / "feedback", "nbgrader's", f"Ada-Lovelace/{ONE}/timestamp.txt")
     put(course / "feedback", "it ended", f"hoppergrace/{ONE}/not-graded.txt")
     put(course / "feedback", "whose?", f"twice/{ONE}/{ONE}.html")
     for _ in range(2):
