@@ -27,6 +27,12 @@ LIBRARY = r"utils|practice|more|workshop|tests|docs|exercises|[123]-.*\.ipynb|LI
 LIBRARY += r"|(READ|CONTRIB)\w+\.md|requirements\.txt|(pytest|ruff)\..*|\.\w+(ore|ter)"
 CUT = "took longer than"
 
+# Set before a kernel starts: bars and warnings are noise, one thread is enough, those
+# that wait leave the cores to others, and nothing is fetched or left behind
+ENVIRON = "TQDM_DISABLE=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1"
+ENVIRON += " OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=1"
+ENVIRON = dict(setting.split("=") for setting in ENVIRON.split())
+
 # What reaches behind the checks, or out of the notebook: no exercise needs it
 ODD = r"(?<![\w.])(setattr|delattr|exec|eval|globals|vars|open|__import__)\("
 ODD += r"|^ *(!|%+(ba)?sh\b|%+(run|sx|system|writefile|load|cat)\b)"
@@ -43,7 +49,7 @@ def note_of(course: Path, student: str, exercise: str) -> Path:
 
 def copy_library(to: Path):
     """Write what an exercise needs to run: all but sources, tests and gradebook."""
-    kept = {ROOT: LIBRARY, COURSE: r"__init__\.py|museum\.py|README\.md"}
+    kept = {ROOT: LIBRARY, COURSE: r"__init__\.py|(museum|capstone)\.\w+|README\.md"}
 
     def left_out(folder, names):
         of_ours = kept.get(Path(folder), r"(?!__pycache__|\.ipynb_checkpoints).*")

@@ -8,12 +8,10 @@ from pathlib import Path
 COURSE = Path(__file__).resolve().parent
 sys.path.insert(0, str(COURSE.parent))  # for `exercises` below, wherever nbgrader runs
 
-# Set before a kernel starts: bars and warnings are noise, one thread is enough, those
-# that wait leave the cores to others, and nothing is fetched or left behind
-own = "TQDM_DISABLE=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE"
-own += " HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1"
-for setting in own.split():
-    os.environ.setdefault(*setting.split("="))
+from exercises.apart import ENVIRON  # noqa: E402
+
+for setting in ENVIRON.items():
+    os.environ.setdefault(*setting)
 warnings.filterwarnings("ignore", "Object of type")  # SQLAlchemy's, about nbgrader
 
 c = get_config()  # noqa: F821  (nbgrader defines it)

@@ -56,7 +56,7 @@ def hand_out(to: Path, repository: str = "", course: Path = COURSE):
     ours = re.search(r"REPOSITORY = .*github\.com/([\w./-]+)", setup)[1]
     for path in [*to.rglob("*.ipynb"), *to.rglob("README.md")]:
         text = path.read_text("utf8").partition("\n## For instructors")[0]
-        if "release" in path.parts and not repository:
+        if path.is_relative_to(to / "exercises") and not repository:
             text = re.sub(r"\n.*\[!\[Open In Colab.*\n.*", "", text)
         path.write_text(text.replace(ours, repository or ours), "utf8")
     print("written, without sources:", to)

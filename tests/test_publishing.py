@@ -27,7 +27,7 @@ def git(folder, *arguments):
 @needs_posix
 def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
     clone, hub = tmp_path / "clone", tmp_path / "hub.git"
-    files = [*ROOT.glob("*.ipynb"), *ROOT.glob("exercises/*/*/*.ipynb")]
+    files = [*ROOT.glob("*.ipynb"), *ROOT.glob("exercises/**/*.ipynb")]
     files += [*ROOT.glob("more/*.ipynb"), *ROOT.glob("docs/real-run/*.ipynb")]
     files += [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / ".github/rename.sh"]
     for file in files:

@@ -17,7 +17,7 @@ project = html_title = "RLHF from scratch, in notebooks"
 author = "The RLHF from scratch authors"
 extensions = ["myst_nb", "sphinx_external_toc"]
 include_patterns = ["*.md", "*.ipynb", "more/*.ipynb", "docs/*.md", "docs/real-run/*"]
-include_patterns += ["exercises/*.md", "exercises/release/*/*"]
+include_patterns += ["exercises/*.md", "exercises/*.ipynb", "exercises/release/*/*"]
 external_toc_path = "docs/site/toc.yml"
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath"]

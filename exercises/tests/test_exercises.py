@@ -151,8 +151,9 @@ def test_what_students_get_has_no_sources_and_runs(course, tmp_path, repository)
     cells = read(ONE, course=tmp_path / "exercises").cells
     title, code = cells[0].source, cells[1].source
     assert f"github.com/{repository}" in code
+    title += (tmp_path / "exercises/capstone.ipynb").read_text("utf8")
     badges = title.count("[!["), title.count(f"github/{repository}/blob")
-    assert badges == ((1, 1) if repository else (0, 0))
+    assert badges == ((2, 2) if repository else (0, 0))
     code += "\nfrom exercises import museum; print(museum.__file__)"
     done = run("IPython", "-c", code, cwd=tmp_path / "exercises")
     assert str(tmp_path) in done.stdout, done.stderr
