@@ -18,6 +18,7 @@ from exercises.tests.conftest import (
     EXERCISES,
     ONE,
     as_colab_saves,
+    cell_of,
     changed,
     put,
     read,
@@ -34,6 +35,17 @@ TIMEOUT = 15  # seconds; the endless loop is cut off then
 def own(lines):
     """ONE, solved, with lines of the student's own behind an answer."""
     return changed(ONE, "residuals", "return delta", f"return delta\n{lines}")
+
+
+def without(name, shift=None):
+    """ONE, solved, but for a cell: it is gone, or typed in anew so much further on."""
+    notebook = solved(ONE)
+    place = notebook.cells.index(cell := cell_of(notebook, name))
+    notebook.cells.remove(cell)
+    if shift is not None:
+        cell.id, cell.metadata = "own", {}
+        notebook.cells.insert(place + shift, cell)
+    return notebook
 
 
 ENDS = ("\\n", "\\r\\n")
@@ -69,6 +81,12 @@ SUBMISSIONS = {
                 "^text not graded$", "on stderr"),
     "patched": (own(PATCH), [], "look at this one: has the line .*c.compare =", ""),
     "reads": (own(REACH), [], "look at this one: has the line .*glob", NOTHING),
+    "deleted": (without("gae"), ["check-gae", "hidden-gae"], "^text not graded$", ""),
+    "renamed": (without("gae", 0), [], "^text not graded$", ""),
+    "late": (without("gae", 9), ["check-gae", "hidden-gae"], "^text not graded$", ""),
+    "raises": (own("raise OSError('mine')"), [], "^text not graded$", "OSError"),
+    "floods": (own("print('x\\n' * 300_000)"), [], "^text not graded$", "truncated"),
+    "shell": (own("!echo mine"), [], "look at this one: has the line '!echo", "mine"),
     "spoils": (own(SPOIL), [], "wrote 'exercises/note.txt'; wrote 'utils/ppo.py'", ""),
 }  # fmt: skip
 
