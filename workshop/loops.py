@@ -18,13 +18,18 @@ from utils.rollout import response_tokens, sample_responses
 from utils.runs import NOTEBOOKS
 
 
+def clock(loop, watch):
+    """Put a clock around the parts of notebook 3's loop, in its own names."""
+    phases = {"sample_responses": "generate", "collect_rollout": "log-probs"}
+    for name, phase in {**phases, "ppo_update": "update"}.items():
+        loop[name] = watch.timed(phase, loop[name])
+
+
 def ours(work, watch, score=None, **others):
     """`train` of notebook 3 with a clock around its parts, or around others."""
     loop, settings = import_cells(NOTEBOOKS["3"], *LOOP), work.settings
     loop.update(others)
-    phases = {"sample_responses": "generate", "collect_rollout": "log-probs"}
-    for name, phase in {**phases, "ppo_update": "update"}.items():
-        loop[name] = watch.timed(phase, loop[name])
+    clock(loop, watch)
     run = loop["fresh_run"](load_causal_lm(work.model, work.device), settings)
     run.generator.manual_seed(work.seed)
     models = (work.reference, watch.timed("score", score or work.score))

@@ -58,6 +58,7 @@ KNOWN = {
     "real_run": Measurement(
         series.real_run, "docs/real-run/results.json", "123", 3, "full"
     ),
+    "gpu": Measurement(speed.gpu, "docs/gpu.json", "123", 1, "full"),
     "speed": Measurement(speed.speed, "docs/speed.json", "3", 3, "full", speed.CHANGES),
 }
 

@@ -1,5 +1,6 @@
 """The work that every loop of PPO gets, and the watch that times it."""
 
+import functools
 import time
 from collections import Counter
 from pathlib import Path
@@ -114,6 +115,7 @@ class Watch:
     def timed(self, phase: str, function):
         """The function, whose time goes to this phase."""
 
+        @functools.wraps(function)  # a run of PPO is known by the code under its names
         def wrapped(*arguments, **options):
             before = self.switch(phase)
             found = function(*arguments, **options)

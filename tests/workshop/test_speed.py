@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import re
+import warnings
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from practice import cells
 from utils.models import PolicyWithValueHead
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
 from utils.runs import ROOT
-from utils.settings import FULL
+from utils.settings import FULL, load_settings
 from workshop import loops, speed, work
 
 PAGE = (ROOT / "docs/speed.md").read_text("utf8")
@@ -89,3 +94,120 @@ def test_the_share_of_the_ceiling_by_hand():
     trunk, projection = 2 * 12 * 4 * 256**2 * 19.5 * 16, 2 * 50_257 * 256 * 15 * 15
     assert round(1000 * (trunk + projection) / 171.6e9 / 82.0, 2) == 0.55
     assert "| 82.0 (79.5 to 87.6) | 1.00 | 1.19 | 55% |" in PAGE
+
+
+SPENT = []  # seconds, by the parts of a pretended notebook 3
+spend = SPENT.append
+PRETENDED = {
+    "parameters": "raise NotImplementedError",
+    "parts": """
+import json, pathlib, torch, types, warnings
+from tests.workshop.test_speed import spend
+from utils.runs import code_hash
+
+device, history, steps = torch.device(DEVICE), [], 4
+off = {"ratio": torch.tensor(0.25)}
+scaler = types.SimpleNamespace(state_dict=lambda: {"scale": 512.0})
+run = types.SimpleNamespace(optimizer=types.SimpleNamespace(scaler=scaler))
+folder = pathlib.Path(CHANGES["runs_dir"], PRESET)
+begun = (folder / "ppo.pt").exists()
+def wait(seconds, times):
+    spend(seconds)
+    for _ in range(times * (device.type == "cuda")):
+        warnings.warn("called a synchronizing CUDA operation")
+def sample_responses(): wait(3, 5)
+def score(*_): wait(2, 0)
+def collect_rollout(score): wait(1, 0); sample_responses(); score()
+def ppo_update(): wait(4, 2); history.append({"optimizer_steps": 3.0})
+def pause(step): wait(100, 9); sample_responses()
+code = code_hash(collect_rollout, score)""",
+    "loop": """
+pause(0)
+for step in range(2):
+    collect_rollout(score); ppo_update(); pause(step + 1)""",
+    "after": """
+collect_rollout(score)
+same = code_hash(collect_rollout, score) == code  # PPO asks when it begins
+metrics = {"before": {"begun": begun}, "after": {"same": same}, "history": history}
+(folder / "metrics.json").write_text(json.dumps(metrics))""",
+}
+
+
+@pytest.mark.parametrize("device, waited", [("cpu", (0, 0)), ("cuda", (5, 2))])
+def test_a_notebook_as_it_is_under_a_watch(tmp_path, monkeypatch, device, waited):
+    """Its seconds by hand; what `pause` takes, and what comes after, count nowhere."""
+    made = [new_code_cell(y, id=x) for x, y in PRETENDED.items()]
+    made[1].source = made[1].source.replace("DEVICE", repr(device))
+    nbformat.write(new_notebook(cells=made), tmp_path / "3.ipynb")
+    for module in (speed, cells):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(speed, "NOTEBOOKS", {"3": "3.ipynb"})
+    monkeypatch.setattr(speed, "peak_memory", lambda device: 7.0)
+    monkeypatch.setattr(work.Watch, "now", lambda watch: sum(SPENT))
+    modes, show = [], warnings.showwarning
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    folder = tmp_path / "made/7/full"
+    folder.mkdir(parents=True)
+    (folder / "ppo.pt").touch()
+    with warnings.catch_warnings():
+        found = speed.stage(load_settings("full"), 7, "3", tmp_path / "made")
+    assert warnings.showwarning is show and modes == ["warn"] * (device == "cuda")
+    assert found.pop("seconds") > 0
+    assert found == {
+        "peak_gib": 7.0,
+        "before": {"begun": False},
+        "after": {"same": True},
+        "phases": {"generate": 6, "score": 4, "log-probs": 2, "update": 8},
+        "waits": dict(zip(speed.PHASES, (waited[0], 0, 0, waited[1]), strict=True)),
+        "first_ratio_off": 0.25,
+        "loss_scale": 512.0,
+        "steps_left_out": 2 * 4 - 2 * 3,
+    }
+
+
+FOUND = {
+    "loop": {**dict.fromkeys((*speed.PHASES, "memory"), [1.0]), "episodes": [128]},
+    "ceiling": {"rate": [1e9]},
+    "sft": {"seconds": [90.0], "peak_gib": [2.0]},
+    "reward_model": {"seconds": [60.0], "peak_gib": [6.0]},
+    "policy": {"seconds": [30.0], "peak_gib": [4.0]},
+}
+FOUND["policy"]["after"] = {"reward": [0.75], "kl": [5.0]}
+phases = ([1.0], [2.0], [3.0], [4.0])
+FOUND["policy"]["phases"] = dict(zip(speed.PHASES, phases, strict=True))
+
+
+@pytest.mark.parametrize("trl", [None, "there"])
+def test_what_a_gpu_took_is_said(settings, monkeypatch, capsys, trl):
+    """90 + 60 + 30 seconds; 1 of 1 + 2 + 3 + 4 seconds is sampling."""
+    asked = []
+
+    class Runs(SimpleNamespace):
+        def __call__(self, part, ways, seeds=None):
+            asked.extend((x, self.settings.max_new_tokens, seeds) for x in ways)
+            return {x: FOUND.get(x, FOUND["loop"]) for x in ways}
+
+    monkeypatch.setattr(speed, "find_spec", lambda name: trl)
+    machine = {"gpu": "Tesla T4", "torch": "2.11", "transformers": "5.15"}
+    head = {"machine": machine, "seeds": 1, "commit": "abc"}
+    runs = Runs(settings=settings, processes=1, folder="made", head=head)
+    runs.settings = dataclasses.replace(settings, precision="float16")
+    found = speed.gpu(runs)
+    *loops, sft, rm, policy = asked
+    names = ["notebook", "naive loop", *["TRL 1.12.0"] * bool(trl), "ceiling"]
+    names = [*names, "notebook, float16 trunk"]
+    assert loops == [(name, 15, None) for name in names]
+    stages = [(name, 5, [42]) for name in ("sft", "reward_model", "policy")]
+    assert [sft, rm, policy] == stages
+    said = capsys.readouterr().out
+    line = f"Tesla T4, {settings.model_name} in float16: minutes 3.00, GiB at most "
+    line += "6.00, sampling's share of PPO 0.10, reward 0.75, KL 5.00"
+    assert said.count(line) == 2 and "share of the best" not in said
+    assert ("| TRL 1.12.0 | not installed |" in said) == (not trl)
+    assert "pull request, with docs/gpu.json" in said
+    assert found["stages"]["sft"] == FOUND["sft"]
+
+
+def test_loops_that_would_slow_each_other_are_refused(settings):
+    with pytest.raises(SystemExit, match="leave out --processes"):
+        speed.gpu(SimpleNamespace(settings=settings, processes=2))
