@@ -14,17 +14,17 @@ from torch import Tensor
 from practice.cells import LOOP, import_cells
 from utils.runs import NOTEBOOKS
 
-# Of notebook 3: its models, prompts and scores, its loop, and its judges
-SERIES = ("load", "prompts", "prompts-of", "batch", "score", "score-function")
-SERIES += (*LOOP, "judges", "evaluate")
+# Of notebook 3: its models, prompts and scores, its loop; and its judges
+MODELS = ("load", "prompts", "prompts-of", "batch", "score", "score-function", *LOOP)
+SERIES = (*MODELS, "judges", "evaluate")
 
 
-def notebook_3(settings, device, *more: str) -> SimpleNamespace:
+def notebook_3(settings, device, *more: str, cells=SERIES) -> SimpleNamespace:
     """Models, prompts, scores, loop and judges of notebook 3, as its file defines them.
 
     And what `more` of its cells define. What they print has been seen there.
     """
-    names, cells = {"settings": settings, "device": device}, (*SERIES, *more)
+    names, cells = {"settings": settings, "device": device}, (*cells, *more)
     with contextlib.redirect_stdout(io.StringIO()):
         return SimpleNamespace(**import_cells(NOTEBOOKS["3"], *cells, names=names))
 
