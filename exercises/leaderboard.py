@@ -8,6 +8,7 @@ as it is. What fails is listed with its error, and never as a 0.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,12 @@ def measured(way: str, number: int, timeout: int) -> dict:
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"it took longer than {timeout} seconds") from None
         if not (found := copy / "way.json").exists():
-            silent = f"it ended with status {done.returncode}"
-            raise RuntimeError([silent, *done.stderr.split("\n")[:-1]][-1])
+            lines = [
+                f"it ended with status {done.returncode}",
+                *done.stderr.split("\n"),
+            ]
+            errors = [line for line in lines if re.match(r"[\w.]+Error\b|it ", line)]
+            raise RuntimeError(errors[-1])
         return json.loads(found.read_text())
 
 
