@@ -145,6 +145,7 @@ def test_a_notebook_as_it_is_under_a_watch(tmp_path, monkeypatch, device, waited
     monkeypatch.setattr(speed, "peak_memory", lambda device: 7.0)
     monkeypatch.setattr(work.Watch, "now", lambda watch: sum(SPENT))
     modes, show = [], warnings.showwarning
+    SPENT.clear()
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     folder = tmp_path / "made/7/full"
     folder.mkdir(parents=True)
@@ -152,7 +153,7 @@ def test_a_notebook_as_it_is_under_a_watch(tmp_path, monkeypatch, device, waited
     with warnings.catch_warnings():
         found = speed.stage(load_settings("full"), 7, "3", tmp_path / "made")
     assert warnings.showwarning is show and modes == ["warn"] * (device == "cuda")
-    assert found.pop("seconds") > 0
+    assert found.pop("seconds") > 0 and SPENT.count(100) == 3
     assert found == {
         "peak_gib": 7.0,
         "before": {"begun": False},
@@ -184,7 +185,8 @@ def test_what_a_gpu_took_is_said(settings, monkeypatch, capsys, trl):
 
     class Runs(SimpleNamespace):
         def __call__(self, part, ways, seeds=None):
-            asked.extend((x, self.settings.max_new_tokens, seeds) for x in ways)
+            n = self.settings.max_new_tokens
+            asked.extend((x, way[1:], n, seeds) for x, way in ways.items())
             return {x: FOUND.get(x, FOUND["loop"]) for x in ways}
 
     monkeypatch.setattr(speed, "find_spec", lambda name: trl)
@@ -194,10 +196,12 @@ def test_what_a_gpu_took_is_said(settings, monkeypatch, capsys, trl):
     runs.settings = dataclasses.replace(settings, precision="float16")
     found = speed.gpu(runs)
     *loops, sft, rm, policy = asked
-    names = ["notebook", "naive loop", *["TRL 1.12.0"] * bool(trl), "ceiling"]
-    names = [*names, "notebook, float16 trunk"]
-    assert loops == [(name, 15, None) for name in names]
-    stages = [(name, 5, [42]) for name in ("sft", "reward_model", "policy")]
+    ways = {"notebook": ("ours",), "naive loop": ("naive",)}
+    ways |= {"TRL 1.12.0": ("trl",)} if trl else {}
+    ways |= {"ceiling": (), "notebook, float16 trunk": ("ours", "float16")}
+    assert loops == [(name, way, 15, None) for name, way in ways.items()]
+    names = enumerate(("sft", "reward_model", "policy"), start=1)
+    stages = [(name, (str(n), "made"), 5, [42]) for n, name in names]
     assert [sft, rm, policy] == stages
     said = capsys.readouterr().out
     line = f"Tesla T4, {settings.model_name} in float16: minutes 3.00, GiB at most "
