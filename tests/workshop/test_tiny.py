@@ -1,6 +1,7 @@
 """What measurements make of their runs; and short ones, for real."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +52,10 @@ def test_the_lessons_are_measured(series, monkeypatch):
     sampled = tiny.in_exact_world(settings, 0, "PPO", 0.5, {"ppo_episodes": 512})
     assert sampled["episodes"] == 512 and 0.3 < sampled["reached"] < 1
     assert tiny.exact_dpo(settings, 0, 0, 0.5)["reached"] > 0.999
+    ppo = tiny.ppo_made(settings, 7)
+    assert ppo["end"]["score"] > 0.5 and ppo["way"]["kl"][0] == approx(0, abs=1e-4)
+    assert ppo["episodes"] == 7_680 and len(ppo["way"]["score"]) == 30
+    dpo = tiny.dpo_made(replace(settings, ppo_episodes=2_048, ppo_lr=1e-3), 7)
+    assert dpo["episodes"] == 2_048 and len(dpo["quarters"]) == 4
+    *_, third, last = (quarter["score"] for quarter in dpo["quarters"])
+    assert (third + last) / 2 > 0.1  # it falls to -0.3 if the worse one is chosen
