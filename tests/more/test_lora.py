@@ -105,6 +105,10 @@ def test_rank_alpha_and_targets_are_those_that_were_asked_for():
     lora.add_adapter(model, "some", targets=["c_attn", "h.1.mlp.c_fc"])
     on = [path[14:] for path, layer in lora._adapted(model).items() if layer.on]
     assert on == ["0.attn.c_attn", "1.attn.c_attn", "1.mlp.c_fc"]
+    fresh = lora._adapted(model)["transformer.h.1.mlp.c_fc"].adapters["some"]
+    assert (fresh.rank, fresh.scale) == (8, 16 / 8)  # unless something else is named
+    # what could be trained still can, and a rank of 1 is one
+    assert len(free(lora.add_adapter(model, "least", rank=1))) == 2 * (8 + 3 + 8)
 
 
 def test_which_is_on_and_sharing_is_another_model_on_the_same_weights(two):
@@ -147,6 +151,21 @@ def test_merged_it_is_a_plain_model_again(two):
     assert logits(half).dtype == torch.bfloat16
     lora.merge_adapter(half, "one")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_merging_one_adapter_turns_no_other_on_or_off(two, tmp_path):
+    model, _ = two
+    for on, merged, then in (
+        ("reward", "policy", "reward"),
+        ("reward", "reward", None),
+    ):
+        lora.add_adapter(model, "third", rank=2)
+        lora.switch(model, on)
+        assert lora.merge_adapter(model, merged) is model
+        assert {x.on for x in lora._adapted(model).values()} == {then}
+        lora.save_adapter(model, "third", tmp_path)
+        lora.merge_adapter(model, "third")
+    assert lora.load_adapter(model, "third", tmp_path) is model
 
 
 def test_peft_reads_ours_and_we_read_its(model, tmp_path):
