@@ -125,6 +125,8 @@ def test_which_is_on_and_sharing_is_another_model_on_the_same_weights(two):
         raise KeyError("inside")
     assert torch.equal(logits(model), outputs["policy"])
     held = {p.data_ptr() for p in model.parameters()}
+    x = torch.zeros(3, 4)
+    assert lora.bytes_of([x, x[1:], x.t(), torch.zeros(2)]) == 4 * (12 + 2)
     for name, twin in twins.items():
         assert torch.equal(logits(twin), outputs[name]), name
         assert all(p.data_ptr() in held for p in twin.parameters())
