@@ -242,3 +242,18 @@ def test_a_likely_mistake_is_named(answer, right, wrong, says):
                 break
     assert "✗" in said.getvalue()
     assert re.search(says, said.getvalue()), said.getvalue()
+
+
+def test_a_wrong_part_costs_nothing_in_the_step():
+    """As graded, hidden tests included: `ppo_step` takes right losses."""
+    answers = changed("5-ppo-losses", "clipped-loss", "torch.maximum", "torch.minimum")
+    space, failed = {}, []
+    for cell in read("5-ppo-losses", "source").cells:
+        if cell.cell_type == "code" and cell.id != "setup":
+            if cell.metadata.get("nbgrader", {}).get("solution"):
+                cell = cell_of(answers, cell.id)
+            try:
+                exec(compile(cell.source, cell.id, "exec"), space)
+            except AssertionError:
+                failed.append(cell.id)
+    assert failed == ["check-clipped-loss", "hidden-clipped-loss"]
