@@ -93,13 +93,8 @@ def train_together(settings):
     checkpoint.path = settings.folder / "ppo_processes.pt"
     with state.main_process_first():  # it renames one of another run
         checkpoint.restore()
-    log = runs.start_tracker(settings) if state.is_main_process else None
-
-    def pause(step):
-        log(run.history[-1], step)
-        checkpoint.save()
-
-    three.train(run, *given, *how, pause if state.is_main_process else None, collect)
+    pause = (lambda step: checkpoint.save()) if state.is_main_process else None
+    three.train(run, *given, *how, pause, collect)
     if state.is_main_process:
         after, _ = three.evaluate(run.policy)
         metrics = {"after": after, "history": run.history, "seconds": run.seconds}

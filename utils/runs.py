@@ -352,33 +352,3 @@ class Checkpoint:
     def discard(self):
         """Delete the saved run."""
         self.path.unlink(missing_ok=True)
-
-
-def start_tracker(settings):
-    """A function (figures, step) that sends figures to the tracker that `log_to` names.
-
-    Without one it does nothing. Raises RuntimeError if the tracker cannot start; if it
-    fails later, that is a warning.
-    """
-    name = settings.log_to
-    if not name:
-        return lambda figures, step: None
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(log_with=name, project_dir=settings.folder)
-        accelerator.init_trackers("rlhf-notebooks", {"preset": settings.preset})
-        if not accelerator.trackers:
-            raise ModuleNotFoundError(f"pip install {name}")
-    except Exception as error:
-        said = f"cannot send figures to {name!r} ({innermost(error)}); install it, log "
-        raise RuntimeError(f"{said}in to it, or set log_to to ''") from error
-
-    def log(figures, step):
-        try:
-            accelerator.log(figures, step=step)
-        except Exception as error:
-            said = f"{name} did not take the figures of step {step}"
-            warnings.warn(f"{said} ({innermost(error)})", stacklevel=2)
-
-    return log

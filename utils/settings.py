@@ -65,7 +65,6 @@ class Settings:
     # How it runs; none of these changes what comes out
     runs_dir: str = "runs"  # models and checkpoints: <runs_dir>/<preset>/ [folder]
     device: str = "auto"  # auto (cuda or cpu), cpu, cuda or mps
-    log_to: str = ""  # also: tensorboard, wandb or trackio
     train_anyway: bool = False  # PPO starts although it would not learn
 
     def __post_init__(self):
@@ -122,7 +121,6 @@ class Settings:
 
 CHOICES = {"device": ("auto", "cpu", "cuda", "mps")}
 CHOICES["precision"] = ("auto", "float32", "bfloat16", "float16")
-CHOICES["log_to"] = ("", "tensorboard", "wandb", "trackio")
 KINDS = {int: "a whole number", float: "a finite number", bool: "True or False"}
 ABOVE_0 = math.ulp(0.0)  # the smallest float above 0
 # The least value of a number, if it is not 1 (whole numbers) or ABOVE_0 (others)

@@ -8,7 +8,7 @@ from utils.settings import FULL, TINY, Settings, load_settings
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(Settings)}
 FIELDS.pop("preset")
-OTHERS = {"precision": "float16", "device": "cpu", "log_to": "wandb"}
+OTHERS = {"precision": "float16", "device": "cpu"}
 OTHERS |= {"ppo_micro_batch_size": 32, "gae_lambda": 0.5}
 # Plain values, and what they become
 PLAIN = [("seed", 7.0, 7), ("ppo_episodes", 1.024e3, 1024), ("kl_coef", 1, 1.0)]
@@ -72,7 +72,7 @@ def test_what_artefacts_depend_on_is_said_in_one_place():
     common |= {"dataset_config", "text_column", "label_column", "positive_label"}
     common |= {"negative_label", "validation_split", "train_rows", "batch_size"}
     sft, rm = ({n for n in FIELDS if n.startswith(x)} for x in ("sft_", "rm_"))
-    free = {"runs_dir", "device", "log_to", "train_anyway"}
+    free = {"runs_dir", "device", "train_anyway"}
     free |= {"precision", "ppo_micro_batch_size"}
     assert found["sft"] == common | sft and found["reward_model"] == common | rm
     assert found["policy"] == {"preset", *FIELDS} - sft - rm - free

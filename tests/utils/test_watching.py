@@ -1,13 +1,9 @@
-"""What a notebook shows: pictures, errors in a sentence; and what a tracker gets."""
+"""What a notebook shows: pictures, and errors in a sentence."""
 
 import base64
-import dataclasses
-import importlib.util
 import io
 import re
-from unittest.mock import Mock, call
 
-import accelerate
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -15,9 +11,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from practice.cells import LOOP, import_cells
-from tests.conftest import ROOT, refused
-from utils.runs import code_hash, start_tracker
-from utils.settings import TINY
+from tests.conftest import ROOT
+from utils.runs import code_hash
 
 FULL_GPU = """
 import torch, weakref
@@ -69,33 +64,3 @@ def test_a_real_kernel():
     alt = "Rewards of the same prompts' responses before and after PPO."
     assert png.size == (1200, 600)  # 6 by 3 inches, sharp on any screen
     assert picture.metadata["image/png"] == {"alt": alt, "width": 600}
-
-
-def test_a_tracker_that_is_missing_is_one_sentence(tmp_path):
-    """Else a run of hours would be sent nowhere; and nothing is sent unasked."""
-    settings = dataclasses.replace(TINY, runs_dir=str(tmp_path))
-    start_tracker(settings)({"kl": 1.0}, 1)
-    assert not list(tmp_path.iterdir())
-    names = ("tensorboard", "wandb", "trackio")
-    for name in [x for x in names if not importlib.util.find_spec(x)]:
-        named = dataclasses.replace(settings, log_to=name)
-        refused(f"{name}.*pip install.*log_to to ''$", start_tracker, named)
-
-
-def test_a_tracker_that_breaks_ends_no_training(tmp_path, monkeypatch):
-    """What it may end is a run that has not begun."""
-    settings = dataclasses.replace(TINY, runs_dir=str(tmp_path), log_to="wandb")
-    monkeypatch.setattr(accelerate, "Accelerator", Mock())
-    tracker = accelerate.Accelerator.return_value
-    tracker.log.side_effect = [None, ConnectionError("the line is dead"), None]
-    log = start_tracker(settings)
-    log({"kl": 1.0}, 1)
-    with pytest.warns(UserWarning, match="wandb .* step 2 .*the line is dead"):
-        log({"kl": 2.0}, 2)
-    log({"kl": 3.0}, 3)
-    sent = [call({"kl": float(step)}, step=step) for step in (1, 2, 3)]
-    assert tracker.log.call_args_list == sent
-    how = {"log_with": "wandb", "project_dir": settings.folder}
-    accelerate.Accelerator.assert_called_once_with(**how)
-    tracker.init_trackers.side_effect = ValueError("no API key\nlog in first")
-    refused("^cannot send .*no API key log in first", start_tracker, settings)
