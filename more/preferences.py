@@ -162,7 +162,6 @@ def read_pairs(
             try:
                 check_pair(pair := json.loads(line))
                 check(pair)
-                pair = {name: pair[name] for name in FIELDS}
                 key = pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
                 chosen, first = seen.setdefault(key, (pair["chosen"], place))
                 if chosen != pair["chosen"]:

@@ -31,14 +31,17 @@ SIX = import_cells(NOTEBOOKS["6"], "split-by-prompt", "both-texts")
 def test_a_margin_of_any_size_stays_finite():
     for chosen, rejected, loss in (800, 0, 0), (0, 800, 800):
         leaves = [t(float(x)).requires_grad_() for x in (chosen, rejected)]
-        found, _ = bradley_terry_loss(*leaves)
+        found, stats = bradley_terry_loss(*leaves)
         found.backward()
+        assert not any(x.requires_grad for x in stats.values())
         assert found.item() == loss and all(x.grad.isfinite().all() for x in leaves)
 
 
 def test_dpo_by_default():
     """The sigmoid, beta 0.1, and no pair taken to be the wrong way round."""
-    loss, _ = dpo_loss(t(-1.0), t(-3.0), t(-4.0), t(-1.0))
+    first = t(-1.0).requires_grad_()
+    loss, stats = dpo_loss(first, t(-3.0), t(-4.0), t(-1.0))
+    assert not any(x.requires_grad for x in stats.values())
     assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * (3 + 2))))
 
 
@@ -46,6 +49,8 @@ def test_dpo_by_default():
     "function, arguments, options, says",
     [
         (dpo_loss, [ONE] * 4, {"beta": math.nan}, "beta must be above 0, got nan"),
+        (dpo_loss, [ONE] * 4, {"beta": 0}, "beta must be above 0, got 0"),
+        (dpo_loss, [ONE] * 4, {"label_smoothing": -0.1}, "from 0 to .* got -0.1"),
         (dpo_loss, [ONE] * 4, {"label_smoothing": 0.5}, "to below 0.5, .* got 0.5"),
         (dpo_loss, [ONE] * 4, {"kind": "hinge"}, "sigmoid or ipo, got 'hinge'"),
         (dpo_loss, [ONE] * 4, {"kind": "ipo", "label_smoothing": 0.1}, "got 0.1"),
