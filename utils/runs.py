@@ -195,7 +195,8 @@ def find_artefacts(settings, *names: str) -> list[str]:
             )
         with loading("model", folder):
             made_with = json.loads((folder / "settings.json").read_text())
-            then = Settings(**made_with).that_change(name)
+            known = {k: x for k, x in made_with.items() if k in vars(settings)}
+            then = Settings(**known).that_change(name)
         now = settings.that_change(name)
         if other := {k: then[k] for k in now if then[k] != now[k]}:
             raise ValueError(

@@ -88,6 +88,8 @@ TAKEN_UP = [  # other settings, and what is said; nothing: it is taken up
 def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, says):
     settings = dataclasses.replace(saved, **changes)
     folders = [str(saved.folder / name) for name in NAMES]
+    file = saved.folder / "sft/settings.json"  # with a setting that has gone since
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"log_to": ""}))
     refused = pytest.raises(ValueError, match=says)
     with refused if says else contextlib.nullcontext():
         assert find_artefacts(settings, *NAMES) == folders
