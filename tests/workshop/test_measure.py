@@ -1,7 +1,6 @@
 """The driver: each run once, on after an interruption, equal numbers of episodes."""
 
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
@@ -74,26 +73,23 @@ def test_runs_take_turns_and_each_is_made_once(tmp_path):
 
 
 def test_unequal_numbers_of_episodes_are_refused(tmp_path):
-    """As soon as two ways are there; and of what is taken up, too."""
+    """Of what is taken up, too; another part may have another number."""
     ways = {"PPO": (one, "PPO", 2_560), "DPO": (one, "DPO", 5_120)}
-    said = "race: (PPO 2,560|DPO 5,120) and .* episodes cannot be compared"
     for _ in range(2):
-        with pytest.raises(ValueError, match=said):
-            Runs(TINY, 3, 1, tmp_path)("race", ways)
-    Runs(TINY, 1, 1, tmp_path)("alone", {"PPO": (one, "PPO", 7)})  # another part
+        with pytest.raises(ValueError, match="episodes cannot be compared"):
+            Runs(TINY, 1, 1, tmp_path)("race", ways)
+    Runs(TINY, 1, 1, tmp_path)("alone", {"PPO": (one, "PPO", 7)})
 
 
-def test_what_is_written(known, capsys):
+def test_what_is_written(known):
     argv = ["race", "--seeds", "2", "--set", "ppo_episodes=512"]
     measure.main(argv)
     found = json.loads((known / "race.json").read_text())
     assert found.pop("command") == f"python -m workshop.measure {' '.join(argv)}"
     assert found.pop("settings") == vars(load_settings("tiny", {"ppo_episodes": 512}))
-    assert found.pop("machine").keys() > {"cpu", "cores", "gpu", "torch"}
-    assert found.pop("commit") == "unknown" and found.pop("seeds") == 2
-    assert found["race"]["a"]["score"] == [0, 0.3333]
-    measure.main([*argv, "--output", str(known / "other.json")])
-    assert (known / "other.json").exists() and len(CALLS) == 4
+    assert found["seeds"] == 2 and found["race"]["a"]["score"] == [0, 0.3333]
+    measure.main(argv)  # the same command makes nothing anew
+    assert len(CALLS) == 4
 
 
 def test_an_edit_begins_anew(known):
@@ -107,17 +103,7 @@ def test_an_edit_begins_anew(known):
     assert basis(race, load_settings("tiny", {"kl_coef": 0.3})) not in seen
 
 
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        ("expected --seeds 1", "--seeds must be 2 or more, got 1"),
-        ("speed --seeds 0", "--seeds must be 1 or more, got 0"),
-        ("race --processes 0", r"--processes must be from 1 to \d+, got 0"),
-        ("adapters --set runs_dir=nowhere", "nowhere/tiny/sft is not there: run noteb"),
-        ("peaks", "invalid choice: 'peaks'"),
-    ],
-)
-def test_what_cannot_be_run_is_said_before(capsys, words, says):
+def test_one_seed_has_no_interval(capsys):
     with pytest.raises(SystemExit):
-        measure.main(words.split())
-    assert re.search(says, capsys.readouterr().err)
+        measure.main(["expected", "--seeds", "1"])
+    assert "--seeds must be 2 or more, got 1" in capsys.readouterr().err
