@@ -27,8 +27,8 @@ def git(folder, *arguments):
 @needs_posix
 def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
     clone, hub = tmp_path / "clone", tmp_path / "hub.git"
-    files = [*ROOT.glob("*.ipynb"), *ROOT.glob("exercises/**/*.ipynb")]
-    files += [*ROOT.glob("more/*.ipynb"), *ROOT.glob("docs/real-run/*.ipynb")]
+    rooms = ("", "exercises/**/", "more/", "docs/real-run/")
+    files = [file for room in rooms for file in ROOT.glob(f"{room}*.ipynb")]
     files += [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / ".github/rename.sh"]
     for file in files:
         (clone / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,6 @@ def test_every_page_has_a_place_on_the_site():
     toc = yaml.safe_load((ROOT / "docs/site/toc.yml").read_text("utf8"))
     chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
     entered = {f"{x['file']}.md" for x in chapters if "file" in x} | {"README.md"}
-    pages = [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("exercises/*.md"),
-    ]
+    rooms = ("", "docs/**/", "exercises/")
+    pages = [page for room in rooms for page in ROOT.glob(f"{room}*.md")]
     assert {page.relative_to(ROOT).as_posix() for page in pages} <= entered

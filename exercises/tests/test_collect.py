@@ -87,7 +87,7 @@ def test_odd_files_are_named_and_the_others_collected(course):
     folder = course / "returned"
     for name, (content, _) in NOT_PLACED.items():
         put(folder, content, name)
-    put(folder, "litter", "__MACOSX/zoe/._x.ipynb")
+    put(folder, "litter", "zoe/.DS_Store")
     notebook = read(ONE)
     cell_of(notebook, "gae").metadata["nbgrader"] = None
     text = "\ufeff" + nbformat.writes(notebook)
