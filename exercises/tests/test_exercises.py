@@ -37,10 +37,14 @@ def own(lines):
     return changed(ONE, "residuals", "return delta", f"return delta\n{lines}")
 
 
-def typed_anew():
-    """ONE, solved, with an answer in a cell of the student's own."""
-    cell = cell_of(notebook := solved(ONE), "gae")
-    cell.id, cell.metadata = "own", {}
+def without(name, shift=None):
+    """ONE, solved, but for a cell: it is gone, or typed in anew so much further on."""
+    notebook = solved(ONE)
+    place = notebook.cells.index(cell := cell_of(notebook, name))
+    notebook.cells.remove(cell)
+    if shift is not None:
+        cell.id, cell.metadata = "own", {}
+        notebook.cells.insert(place + shift, cell)
     return notebook
 
 
@@ -77,7 +81,9 @@ SUBMISSIONS = {
                 "^text not graded$", "on stderr"),
     "patched": (own(PATCH), [], "look at this one: has the line .*c.compare =", ""),
     "reads": (own(REACH), [], "look at this one: has the line .*glob", NOTHING),
-    "renamed": (typed_anew(), [], "^text not graded$", ""),
+    "deleted": (without("gae"), ["check-gae", "hidden-gae"], "^text not graded$", ""),
+    "renamed": (without("gae", 0), [], "^text not graded$", ""),
+    "late": (without("gae", 9), ["check-gae", "hidden-gae"], "^text not graded$", ""),
     "raises": (own("raise OSError('mine')"), [], "^text not graded$", "OSError"),
     "floods": (own("print('x\\n' * 300_000)"), [], "^text not graded$", "truncated"),
     "shell": (own("!echo mine"), [], "look at this one: has the line '!echo", "mine"),
