@@ -18,6 +18,7 @@ from more.labelling import Question
 from more.talk import BEFORE, Reply, Talk, token_texts, visible
 from more.widgets import writing_box
 from practice.cells import import_cells
+from tests.conftest import refused
 from utils.data import load_tokenizer
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.rollout import draw
@@ -39,30 +40,23 @@ def talk(world):
     return Talk(*models, load_tokenizer(world / "model"), TINY)
 
 
-def test_what_is_written_is_drawn_word_by_word(talk, temperature=0.5):
-    """From whole forward passes and the same random numbers, one at a time."""
-    replies = talk.write("  the film is \n", temperature, seed=3)
+def test_what_is_written_is_drawn_and_judged_as_by_hand(talk):
+    """From whole forward passes: drawn at one temperature, and judged at PPO's."""
+    models = (*talk.models.values(), talk.reward_model, talk.tokenizer)
+    own = Talk(*models, dataclasses.replace(TINY, temperature=2.0))
+    replies = own.write("  the plot \n", temperature=0.5, seed=3)
     for name, lm in talk.models.items():
-        ids, generator = talk.encode("the film is"), torch.Generator().manual_seed(3)
-        for token in replies[name].tokens:
-            logits = lm(torch.tensor([ids])).logits[:, -1] / temperature
+        ids, generator = talk.encode("the plot"), torch.Generator().manual_seed(3)
+        n, reply = len(ids), replies[name]
+        for token in reply.tokens:
+            logits = lm(torch.tensor([ids])).logits[:, -1] / 0.5
             assert draw(logits.softmax(dim=-1), generator).item() == token
             ids = [*ids, token]
-
-
-def test_a_reply_is_judged_as_by_hand(talk, temperature=2.0):
-    """From whole forward passes, at the temperature that PPO trained with."""
-    models = (*talk.models.values(), talk.reward_model, talk.tokenizer)
-    own = Talk(*models, dataclasses.replace(TINY, temperature=temperature))
-    for reply in own.write("the plot", seed=1).values():
-        prompt = talk.encode("the plot")
-        ids = torch.tensor([prompt + reply.tokens])
+        ids = torch.tensor([ids])
         before, after = (
-            (lm(ids).logits[0] / temperature).log_softmax(dim=-1)
-            for lm in talk.models.values()
+            (lm(ids).logits[0] / 2.0).log_softmax(dim=-1) for lm in talk.models.values()
         )
-        by_hand = (after - before)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        by_hand = by_hand[len(prompt) - 1 :]
+        by_hand = (after - before)[:-1].gather(1, ids[0, 1:, None])[n - 1 :, 0]
         assert reply.log_ratios == pytest.approx(by_hand.tolist(), abs=1e-4)
         assert by_hand.abs().max() > 0.05
         raw = talk.reward_model(ids, torch.ones_like(ids)).item()
@@ -70,31 +64,23 @@ def test_a_reply_is_judged_as_by_hand(talk, temperature=2.0):
         assert reply.reward == pytest.approx(2 / (1 + math.exp(-raw)) - 1, abs=1e-6)
         text = talk.tokenizer.decode(ids[0], skip_special_tokens=True)
         assert reply.text == text and reply.ended == (ids[0, -1] == talk.eos_id)
-    cut = talk.reply(BEFORE, prompt, dull := talk.encode("is dull ."))
+    cut = talk.reply(BEFORE, [5], dull := talk.encode("is dull ."))
     assert not cut.ended and cut.response == talk.tokenizer.decode(dull)
 
 
-REFUSED = {
-    "the prompt is empty; write a few words": (" \n\t", {}),
-    "holds .*endoftext.*, which ends texts; take it": ("a <|endoftext|> b", {}),
-    "surrogates not allowed": ("half \ud83d of it", {}),
-    "has 97 tokens; shorten it to 96, which leave room": ("dull " * 97, {}),
-    "a temperature from 0.1 to 2.0, not 0.0": ("the film", {"temperature": 0.0}),
-    "from 0.1 to 2.0, not nan": ("the film", {"temperature": math.nan}),
-}
-
-
 def test_what_cannot_be_read_is_named(talk):
-    for said, (prompt, changes) in REFUSED.items():
-        with pytest.raises(ValueError, match=said):
-            talk.write(prompt, **changes)
+    refused("the prompt is empty; write a few words", talk.write, " \n\t")
+    refused("holds .*endoftext.*, which ends texts", talk.write, "a <|endoftext|>")
+    refused("surrogates not allowed", talk.write, "half \ud83d of it")
+    says = "has 97 tokens; shorten it to 96, which leave room"
+    refused(says, talk.write, "dull " * 97)
     assert len(talk.encode("dull " * 96)) == 96  # 128 places less the response's 32
+    refused("a temperature from 0.1 to 2.0, not 0.0", talk.write, "the film", 0.0)
 
 
-@pytest.mark.parametrize("text", ["café 😀 naïve", "是 好 看", "plain words ."])
-def test_each_token_adds_its_letters_and_no_half_ones(talk, text):
-    texts, response = partial(token_texts, talk.tokenizer, [5, 6]), talk.encode(text)
-    pieces = texts([*response, talk.eos_id])
+def test_each_token_adds_its_letters_and_no_half_ones(talk):
+    texts, text = partial(token_texts, talk.tokenizer, [5, 6]), "café 😀 是 plain ."
+    pieces = texts([*(response := talk.encode(text)), talk.eos_id])
     assert pieces[-1] == "EOS" and "".join(pieces[:-1]) == text
     assert len(pieces) == len(response) + 1 and not any("\ufffd" in x for x in pieces)
     # A response that breaks off in the middle of a letter hides nothing
@@ -117,15 +103,14 @@ def test_what_is_shown_is_escaped_and_coloured_by_its_sign_and_size():
     ]  # fmt: skip
     text = shown.shaded_text([" so", " dull", "<i>", "EOS"], [0.04, -1.25, 0.05, 2])
     assert text == " so dull[-1.2]<i>[+0.1] EOS[+2.0]"
-    with pytest.raises(ValueError, match="shorter"):
-        shown.shaded_html(["a", "b"], [0.0])
-    words = (["<script>alert(1)</script>"], [0.0], 0.0, 0.5, False)
-    reply = Reply("<u>", "<img src=x onerror=alert(1)>", [1], *words)
+    reply = Reply("<u>", "<img src=x>", [1], ["<script>"], [0.0], 0.0, 0.5, False)
     text, tags = read(shown.card(reply))
     assert set(tags) == {"p", "b", "br", "span"}
-    assert text == f"<u>, reward +0.50<img src=x onerror=alert(1)>{words[0][0]} …"
+    assert text == "<u>, reward +0.50<img src=x><script> …"
     assert visible("a\x00é 好\u202e👩") == "a⟨U+0000⟩é 好⟨U+202E⟩👩"
-    # What was steered is a mean over the places
+
+
+def test_what_was_steered_is_a_mean_over_the_places():
     steered = import_cells(NOTEBOOKS["4"], "steered-functions")["steered"]
     pairs = [([1, 2, 1], [1.0, 0.0, 2.0]), ([2, 1, 3], [-3.0, 6.0, 8.0])]
     pairs.append(([1, 2, 3], [1.0, -3.0, 9.0]))
@@ -136,20 +121,18 @@ def test_what_is_shown_is_escaped_and_coloured_by_its_sign_and_size():
 
 def test_a_click_writes_and_a_bad_prompt_is_a_sentence(talk):
     box = writing_box(talk, "the plot")
-    prompt, temperature, seed, button, _ = box.children
+    prompt, _, seed, button, _ = box.children
     said = set()
-    assert temperature.min == pytest.approx(0.1) and button.description == "write"
     for field, value, expected in (
         (seed, 3, "the plot"),
-        (seed, 4, "reward"),
-        (prompt, "<b>", "&lt;b&gt;"),
-        (prompt, " ", "the prompt is empty; write"),
+        (seed, 4, "the plot"),
+        (prompt, "<|endoftext|>", "the prompt holds &#x27;&lt;|endoftext|&gt;"),
     ):
         field.value = value
         button.click()
-        assert expected in box.result.data and "<b></b>" not in box.result.data
+        assert expected in box.result.data
         said.add(box.result.data)
-    assert len(said) == 4
+    assert len(said) == 3
 
 
 def test_a_slider_that_is_let_go_calls_again(monkeypatch):
