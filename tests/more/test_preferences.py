@@ -18,6 +18,7 @@ from more.preferences import (
     remove_pair,
 )
 from practice.cells import import_cells
+from tests.conftest import refused
 from tests.small import t
 from utils.data import load_tokenizer
 from utils.runs import NOTEBOOKS
@@ -45,27 +46,19 @@ def test_dpo_by_default():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * (3 + 2))))
 
 
-@pytest.mark.parametrize(
-    "function, arguments, options, says",
-    [
-        (dpo_loss, [ONE] * 4, {"beta": math.nan}, "beta must be above 0, got nan"),
-        (dpo_loss, [ONE] * 4, {"beta": 0}, "beta must be above 0, got 0"),
-        (dpo_loss, [ONE] * 4, {"label_smoothing": -0.1}, "from 0 to .* got -0.1"),
-        (dpo_loss, [ONE] * 4, {"label_smoothing": 0.5}, "to below 0.5, .* got 0.5"),
-        (dpo_loss, [ONE] * 4, {"kind": "hinge"}, "sigmoid or ipo, got 'hinge'"),
-        (dpo_loss, [ONE] * 4, {"kind": "ipo", "label_smoothing": 0.1}, "got 0.1"),
-        (dpo_loss, [TWO] + [ONE] * 3, {}, "chosen_logprobs \\(2,\\)"),
-        (dpo_loss, [ONE, TWO, ONE, ONE], {}, " rejected_logprobs \\(2,\\)"),
-        (dpo_loss, [ONE, ONE, TWO, ONE], {}, "ref_chosen_logprobs \\(2,\\)"),
-        (dpo_loss, [ONE] * 3 + [TWO], {}, "ref_rejected_logprobs \\(2,\\)"),
-        (bradley_terry_loss, [TWO, ONE], {}, r"\(2,\).*\(1,\)"),
-        (SIX["split_by_prompt"], [[PAIR] * 9, 0.1, 0], {}, "a share of 0.1 of 1 promp"),
-        (append_pair, ["x", {**PAIR, "chosen": " dull ."}], {}, "are the same text"),
-    ],
-)
-def test_wrong_options_and_shapes_are_named(function, arguments, options, says):
-    with pytest.raises(ValueError, match=says):
-        function(*arguments, **options)
+def test_wrong_options_and_shapes_are_named():
+    for options, says in (
+        ({"beta": 0}, "beta must be above 0, got 0"),
+        ({"label_smoothing": -0.1}, "from 0 to .* got -0.1"),
+        ({"label_smoothing": 0.5}, "to below 0.5, .* got 0.5"),
+        ({"kind": "hinge"}, "sigmoid or ipo, got 'hinge'"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "got 0.1"),
+    ):
+        refused(says, dpo_loss, *[ONE] * 4, **options)
+    refused(r"ref_rejected_logprobs \(2,\)", dpo_loss, *[ONE] * 3, TWO)
+    refused(r"\(2,\).*\(1,\)", bradley_terry_loss, TWO, ONE)
+    refused("a share of 0.1 of 1 promp", SIX["split_by_prompt"], [PAIR] * 9, 0.1, 0)
+    refused("are the same text", append_pair, "x", {**PAIR, "chosen": " dull ."})
 
 
 @pytest.fixture
@@ -74,8 +67,7 @@ def path(tmp_path):
 
 
 def test_pairs_are_read_as_they_were_written(path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no file .*pairs.*label some first"):
-        read_pairs(path)
+    refused("no file .*pairs.*label some first", read_pairs, path)
     second = {"prompt": "тот фильм", "chosen": " “good”\n.", "rejected": " bad ."}
     for pair in (PAIR, {**second, "by": "me"}):
         append_pair(path, pair)
@@ -113,8 +105,7 @@ def test_lines_stay_whoever_wrote_them(path):
         remove_pair(path, PAIR)
         line = json.dumps(PAIR).encode() + b"\n"
         assert path.read_bytes() == before.replace(line, b"")
-    with pytest.raises(ValueError, match="does not hold this answer any more"):
-        remove_pair(path, PAIR)
+    refused("does not hold this answer any more", remove_pair, path, PAIR)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +113,9 @@ def test_lines_stay_whoever_wrote_them(path):
     [
         (b"{not json", "Expecting property name"),
         (rb'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "surrogates"),
-        (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
         (b'["a", "b", "c"]', "no object with prompt, chosen and rejected"),
         (json.dumps({"prompt": "a", "chosen": "b"}).encode(), "no text 'rejected'"),
-        (json.dumps({**PAIR, "chosen": 3}).encode(), "there is no text 'chosen'"),
         (json.dumps({**PAIR, "prompt": " "}).encode(), "there is no text 'prompt'"),
-        (json.dumps({**PAIR, "rejected": " fine ."}).encode(), "are the same text"),
         (json.dumps(TURNED).encode(), "it prefers the text that"),
     ],
 )
@@ -159,25 +147,15 @@ def test_the_split_shares_no_prompt():
     assert SIX["split_by_prompt"](pairs, 0.25, seed=2)[1] != test
 
 
-@pytest.mark.parametrize(
-    "texts, says",
-    [
-        (("the pl", "ot is fine .", " is"), "a token of prompt + chosen begins"),
-        (("the pl", " is", "ot is dull"), "a token of prompt + rejected begins"),
-        (
-            ("the plot", " is<|endoftext|>", " is"),
-            "chosen holds the EOS token '<|endof",
-        ),
-        (("the plot", " is dull" * 9, " is"), "chosen have 21 tokens, more than 20"),
-        (("the plot", " is fine .", " is"), ""),
-    ],
-)
-def test_a_pair_is_read_as_a_model_reads_it_or_named(world, texts, says):
+def test_a_pair_is_read_as_a_model_reads_it_or_named(world):
     tokenizer = load_tokenizer(str(world / "model"))
-    pair = dict(zip(PAIR, texts, strict=True))
-    try:
-        rows = [tokenizer.decode(row) for row in pair_tokens(pair, tokenizer, 20)]
-        assert rows == ["the plot", " is fine .<|endoftext|>", " is<|endoftext|>"]
-        assert not says
-    except ValueError as error:
-        assert says and says in str(error)
+
+    def tokens(*texts):
+        return pair_tokens(dict(zip(PAIR, texts, strict=True)), tokenizer, 20)
+
+    rows = map(tokenizer.decode, tokens("the plot", " is fine .", " is"))
+    assert [*rows] == ["the plot", " is fine .<|endoftext|>", " is<|endoftext|>"]
+    refused("of prompt . rejected begins", tokens, "the pl", " is", "ot is dull")
+    refused("chosen holds the EOS token", tokens, "the plot", " is<|endoftext|>", " is")
+    says = "chosen have 21 tokens, more than 20"
+    refused(says, tokens, "the plot", " is dull" * 9, " is")
