@@ -8,8 +8,8 @@ from PIL import Image
 
 from practice import exact_world
 from practice.cells import import_cells
+from tests.conftest import refused
 from utils.ppo import compute_gae, token_logprobs, token_rewards
-from utils.rollout import sample_responses
 from utils.runs import NOTEBOOKS, ROOT
 from workshop.moving import CELLS
 
@@ -47,24 +47,18 @@ def test_all_responses_are_there_and_their_probabilities_add_up(world):
 
 
 def test_scores_are_found_again_and_a_missing_eos_costs(world):
-    prompts, mask = torch.full((500, 1), exact_world.EOS), torch.ones(500, 1).long()
-    options = (exact_world.EOS, 3, 1.0, torch.Generator().manual_seed(0))
-    ids, attention, mask = sample_responses(world.reference, prompts, mask, *options)
-    scores, _ = world.score(ids, attention, mask)
-    names = dict(zip(world.names(), world.scores.tolist(), strict=True))
-    found = set()
-    for row, m, score in zip(ids[:, 1:], mask, scores, strict=True):
-        words = [exact_world.WORDS[word] for word in row[m.bool()]]
-        ended = words[-1] == "EOS"
-        assert names[" ".join(words + ["…"] * (not ended))] == score
-        assert ended or score == exact_world.SETTINGS.missing_eos_score
-        found.add(ended)
-    assert len(found) == 2
-    # responses may all be short: the batch is then narrower than three slots
-    short, _ = world.score(torch.tensor([[0, 0]]), None, torch.tensor([[1]]))
-    assert short.item() == names["EOS"]
-    with pytest.raises(ValueError, match=r"\[7, 7, 0\] is none of the 15 responses"):
-        world.score(torch.tensor([[0, 7, 7]]), None, torch.tensor([[1, 1]]))
+    scores, _ = world.score(world.input_ids, None, world.mask)
+    assert torch.equal(scores, world.scores) and len(scores.unique()) == 7 + 1
+    names = dict(zip(world.names(), scores.tolist(), strict=True))
+    assert {"EOS", "b EOS", "a b EOS", "b a a …"} < names.keys()
+    without = {score for name, score in names.items() if name[-1] == "…"}
+    assert without == {exact_world.SETTINGS.missing_eos_score}
+    # responses may all be short: the batch is then narrower than three slots, and
+    # what stands behind an end is nothing
+    ids, mask = torch.tensor([[0, 2, 0], [0, 0, 1]]), torch.tensor([[1, 1], [1, 0]])
+    assert world.score(ids, None, mask)[0].tolist() == [names["b EOS"], names["EOS"]]
+    says = r"\[7, 7, 0\] is none of the 15 responses"
+    refused(says, world.score, torch.tensor([[0, 7, 7]]), None, torch.tensor([[1, 1]]))
 
 
 @pytest.mark.parametrize("beta", BETAS)

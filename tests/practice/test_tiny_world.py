@@ -97,40 +97,28 @@ def test_counting_words_is_not_enough(dataset, world):
     assert 0.6 < sum(right) / len(held_out) <= 0.85  # better than chance: it was taught
 
 
-@pytest.fixture
-def quick_to_build(monkeypatch):
+def test_it_is_built_once_and_again_when_its_definition_changes(tmp_path, monkeypatch):
+    """Also by two at once: the second waits for the first."""
     monkeypatch.setitem(tiny_world.PRETRAINING, "steps", 1)
     monkeypatch.setattr(tiny_world, "ROWS", {"train": 20, "validation": 5, "test": 5})
     monkeypatch.setattr(tiny_world, "VOCABULARY", 300)
-
-
-def test_it_is_built_once_and_again_when_its_definition_changes(
-    tmp_path, quick_to_build
-):
-    folder, times = tmp_path / "world", []
-    for change in ("", "", "another"):
-        if change:
-            (folder / "definition.txt").write_text(change)
-        tiny_world.build_world(folder, show_progress=False)
-        times.append((folder / "model" / "model.safetensors").stat().st_mtime_ns)
-    assert times[0] == times[1] < times[2]
-    assert not folder.with_name("world.unfinished").exists()
-
-
-def test_of_two_at_once_the_second_waits_for_the_first(
-    tmp_path, monkeypatch, quick_to_build
-):
     folder, built, pretrain = tmp_path / "world", [], tiny_world.pretrain
     second = threading.Thread(target=tiny_world.build_world, args=[folder], daemon=True)
 
     def meanwhile(*args):
         built.append(args)
-        second.start()
-        second.join(timeout=1)
-        assert second.is_alive(), "the second did not wait"
+        if len(built) == 1:
+            second.start()
+            second.join(timeout=1)
+            assert second.is_alive(), "the second did not wait"
         return pretrain(*args)
 
     monkeypatch.setattr(tiny_world, "pretrain", meanwhile)
-    tiny_world.build_world(folder, show_progress=False)
+    tiny_world.build_world(folder)
     second.join(timeout=60)
     assert not second.is_alive() and len(built) == 1
+    tiny_world.build_world(folder)
+    assert len(built) == 1
+    (folder / "definition.txt").write_text("another")
+    tiny_world.build_world(folder)
+    assert len(built) == 2 and not folder.with_name("world.unfinished").exists()
