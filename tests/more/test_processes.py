@@ -143,22 +143,17 @@ def test_a_rollout_has_all_prompts_and_everybodys_responses(loop, two):
 @pytest.mark.parametrize(
     "words, gpus, said",
     [
-        ("--processes 2 --set device=cpu", 1, None),
-        ("--processes 2", 2, None),
+        ("--processes 2 --set device=cpu", 1, "sft is not there: run notebook 1"),
+        ("--processes 2", 2, "sft is not there: run notebook 1"),
         ("--processes 4", 2, "4 processes on 2 GPUs; start 2, or set device=cpu"),
-        ("--processes 0", 0, "(64), which 0 does not; change one of them"),
-        ("--processes 3", 0, "and divide ppo_minibatch_size (64), which 3 does not"),
+        ("--processes 0", 0, "divide ppo_minibatch_size (64), which 0 does not"),
         ("--processes 64", 0, "64 processes on 3 cores; start as many"),
-        ("--set kl_coeff=1", 0, "the nearest is 'kl_coef'"),
     ],
 )
-def test_processes_that_cannot_be_started(
-    monkeypatch, capsys, tmp_path, words, gpus, said
-):
+def test_processes_that_cannot_be_started(monkeypatch, capsys, words, gpus, said):
     """One sentence; what can be started is only told that there are no models."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
-    words = [*words.split(), "--set", f"runs_dir={tmp_path}", "--preset", "tiny"]
     with pytest.raises(SystemExit):
-        processes.main(words)
-    assert (said or "sft is not there: run notebook 1") in capsys.readouterr().err
+        processes.main([*words.split(), "--set", "runs_dir=none", "--preset", "tiny"])
+    assert said in capsys.readouterr().err
