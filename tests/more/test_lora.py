@@ -70,7 +70,7 @@ def two(model):
     """With two adapters that have learnt, and its logits under each."""
     outputs = {None: logits(model)}
     for rank, name in enumerate(("policy", "reward"), start=2):
-        lora.add_adapter(model, name, rank)
+        lora.add_adapter(model, name, rank, alpha=5 + rank)
         learn(model, f".{name}.", seed=rank)
         outputs[name] = logits(model)
     return model, outputs
