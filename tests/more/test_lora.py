@@ -152,8 +152,6 @@ def test_merged_it_is_a_plain_model_again(two):
     half = learn(lora.add_adapter(model.bfloat16(), "one", rank=2))
     assert {p.dtype for p in free(half).values()} == {torch.float32}
     assert logits(half).dtype == torch.bfloat16
-    lora.merge_adapter(half, "one")
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_peft_reads_ours_and_we_read_its(model, tmp_path):
@@ -221,12 +219,7 @@ class OneBase:
         learn(self.lm, ".reward.")
         self.policy = PolicyWithValueHead(lora.sharing(self.lm, "policy")).eval()
         self.reference = freeze(lora.sharing(self.lm, None))
-        self.reward_model = self.judge = self.judged_by("reward")
-
-    def judged_by(self, name):
-        torch.manual_seed(0)  # for the head
-        model = RewardModel(lora.sharing(self.lm, name).base_model).float().eval()
-        return model if name == "policy" else freeze(model)
+        judged_by("reward")(self)
 
     def score(self, ids, attention, mask):
         raw = self.judge(ids, attention)
@@ -234,8 +227,14 @@ class OneBase:
 
 
 def judged_by(name, *of):
-    both = of or ("reward_model", "judge")  # the judge scores the rollout
-    return lambda start: vars(start).update(dict.fromkeys(both, start.judged_by(name)))
+    def infect(start):
+        torch.manual_seed(0)  # for the head
+        model = RewardModel(lora.sharing(start.lm, name).base_model).float().eval()
+        model = model if name == "policy" else freeze(model)
+        for part in of or ("reward_model", "judge"):  # the judge scores the rollout
+            setattr(start, part, model)
+
+    return infect
 
 
 WORDS = ("dropout", "nothing that is", "one adapter", "KL", "scores")
