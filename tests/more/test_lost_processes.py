@@ -21,16 +21,11 @@ def start():
     started = []
 
     def begin(*words):
-        process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, words)],
-            cwd=ROOT,
-            env=ours(OMP_NUM_THREADS="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+        command = [sys.executable, "-m", *map(str, words)]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environ = ours(OMP_NUM_THREADS="1")
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environ, **how))
+        return started[-1]
 
     yield begin
     for process in started:

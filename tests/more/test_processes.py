@@ -45,7 +45,7 @@ def gradients(loop, rollout, work) -> dict:
     with torch.no_grad():  # so that ratios differ from token to token
         run.policy.lm.transformer.wte.weight.mul_(1.5)
     figures = work(run.policy, run.optimizer, rollout.rows(ROWS), settings)
-    weights = run.policy.named_parameters()
+    weights = [pair for pair in run.policy.named_parameters() if pair[1].requires_grad]
     return {"figures": figures, "gradients": {n: p.grad for n, p in weights}}
 
 
@@ -93,30 +93,20 @@ def test_the_gradients_are_those_of_one_process(loop, rollout, two):
     assert abs(lengths[::2].sum() / lengths[1::2].sum() - 1) > 0.1  # not weighed alike
     alone = gradients(loop, rollout, loop["gradients"])
     assert alone["figures"]["ratio_max"] > 1.2
-    frozen = [name for name, x in alone["gradients"].items() if x is None]
-    assert frozen == ["lm.transformer.wpe.weight"]
     for found in two:
+        near = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
+        torch.testing.assert_close(found["figures"], alone["figures"], **near)
+        assert found["gradients"].keys() == alone["gradients"].keys()
         for name, expected in alone["gradients"].items():
-            if name in frozen:
-                assert found["gradients"][name] is None
-            else:
-                off = found["gradients"][name] - expected
-                assert off.norm() <= 1e-6 * expected.norm(), name
-        assert found["figures"].keys() == alone["figures"].keys()
-        for name, expected in alone["figures"].items():
-            near = pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
-            assert found["figures"][name].item() == near, name
+            off = found["gradients"][name] - expected
+            assert off.norm() <= 1e-6 * expected.norm(), name
 
 
 @needs_posix
 def test_both_have_the_same_run(two):
     first, second = (found["run"] for found in two)
-    assert first["history"] == second["history"] and len(first["history"]) == 2
-    pairs = zip(first["rollouts"], second["rollouts"], strict=True)
-    for one, other in [*pairs, (first["state"], second["state"])]:
-        assert one.keys() == other.keys()
-        for name, x in one.items():
-            assert torch.equal(x, other[name]), name
+    assert len(first["history"]) == 2
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @needs_posix

@@ -11,7 +11,7 @@ import pytest
 from practice import tiny_world
 from utils.data import clean, load_tokenizer
 from utils.evaluation import train_judge
-from utils.settings import FULL, TINY
+from utils.settings import TINY
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,6 @@ def test_the_least_loss_by_hand():
     found = tiny_world.least_loss(TINY, rows, tokenizer)
     assert found == {"the grammar": pytest.approx(nats / 7, rel=1e-9)}
     other = dataclasses.replace(TINY, model_name="gpt2")
-    assert tiny_world.least_loss(FULL, rows, tokenizer) == {}
     assert tiny_world.least_loss(other, rows, tokenizer) == {}
     texts[2] = "the plot is dull"  # cut off before its full stop
     assert tiny_world.least_loss(TINY, rows, tokenizer) == {}
@@ -67,11 +66,11 @@ VERDICTS = {  # whether a text is positive; None: the grammar cannot write it
 } | dict.fromkeys(["", "film a funny", "the plot is", "never  dull", "never dull "])
 
 
-@pytest.mark.parametrize("text", VERDICTS)
-def test_negation_contrast_and_what_the_grammar_cannot_write(text):
-    verdict = tiny_world.judge(text)
-    assert verdict.grammatical == (VERDICTS[text] is not None)
-    assert verdict.positive == bool(VERDICTS[text])
+def test_negation_contrast_and_what_the_grammar_cannot_write():
+    for text, positive in VERDICTS.items():
+        verdict = tiny_world.judge(text)
+        assert verdict.grammatical == (positive is not None), text
+        assert verdict.positive == bool(positive), text
 
 
 def test_the_data_set_is_as_quirky_as_sst2_and_exact(dataset, world):
