@@ -60,25 +60,23 @@ def test_before_the_first_step_there_is_no_margin(dpo):
     assert rest[-1]["margin"] > 0.1 and watched == [lm] * 4  # and then it learns
 
 
-@pytest.fixture(scope="module")
-def exact():
-    return SimpleNamespace(**import_cells(LESSON, "exact-pairs", "exact-some-pairs"))
+EXACT = SimpleNamespace(**import_cells(LESSON, "exact-pairs", "exact-some-pairs"))
 
 
-def test_dpo_on_all_pairs_finds_the_best_policy(exact):
+def test_dpo_on_all_pairs_finds_the_best_policy():
     world = ExactWorld(seed=0)
-    chosen, rejected, chances = exact.every_pair(world)
+    chosen, rejected, chances = EXACT.every_pair(world)
     assert len(chances) == 15 * 14 and chances.sum().item() == pytest.approx(1.0)
-    lm = exact.train_exact_dpo(world, chosen, rejected, chances, 0.5)
+    lm = EXACT.train_exact_dpo(world, chosen, rejected, chances, 0.5)
     assert world.reached(lm, 0.5) > 0.995
 
 
-def test_sampled_pairs_come_as_often_as_they_should(exact):
+def test_sampled_pairs_come_as_often_as_they_should():
     """Counts of all 210 pairs against their chances: a chi-squared of about 209."""
     world, n = ExactWorld(seed=1), 40_000
-    chosen, rejected, weights = exact.some_pairs(world, n, seed=0)
+    chosen, rejected, weights = EXACT.some_pairs(world, n, seed=0)
     assert weights.tolist() == [1 / n] * n
-    c, r, chances = exact.every_pair(world)
+    c, r, chances = EXACT.every_pair(world)
     counts = (15 * chosen + rejected).bincount(minlength=225)[15 * c + r]
     squares = ((counts - n * chances) ** 2 / (n * chances)).sum().item()
     assert abs(squares - 209) < 5 * (2 * 209) ** 0.5

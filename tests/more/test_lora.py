@@ -49,10 +49,9 @@ def off(a, b):
 def learn(model, name="", seed=1):
     """Give every adapter's B, or that of this one, numbers as training would."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if "lora_B" in key and name in key:
-                weight.copy_(torch.randn(weight.shape, generator=generator))
+    for key, weight in model.named_parameters():
+        if "lora_B" in key and name in key:
+            torch.nn.init.normal_(weight, generator=generator)
     return model
 
 

@@ -39,17 +39,13 @@ def meet(start, what):
     return command, [psutil.Process(int(pid)) for pid in pids]
 
 
-def end_within_seconds(processes):
-    return psutil.wait_procs(processes, timeout=10)[1] == []
-
-
 @pytest.mark.parametrize(
     "what, why",
     [("raises", "ValueError: it rains"), ("is killed", "Signal 9 (SIGKILL)")],
 )
 def test_all_end_with_the_one_that_failed(start, what, why):
     command, processes = meet(start, what)
-    assert end_within_seconds(processes)
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
     _, said = command.communicate(timeout=60)
     first = said.partition("Root Cause")[2]
     assert command.returncode == 1 and why in first
@@ -61,7 +57,7 @@ def test_who_ends_the_command_ends_all_processes(start, name):
     command, processes = meet(start, "waits")
     command.send_signal(getattr(signal, f"SIG{name}"))
     command.communicate(timeout=60)
-    assert end_within_seconds(processes)
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_one_process_goes_on_from_what_two_have_saved(start, series):

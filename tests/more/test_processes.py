@@ -11,7 +11,7 @@ import torch
 
 from more import processes
 from tests.conftest import needs_posix
-from tests.small import EOS, PROMPTS, SETTINGS, make_policy, score
+from tests.small import SETTINGS, collect, make_policy, score
 from utils.models import freeze
 from utils.rollout import evaluate_responses
 
@@ -23,10 +23,7 @@ MIXED = [[3], [4, 2]] * 11 + [[5, 6, 7, 8], [3]]
 
 @pytest.fixture(scope="module")
 def rollout(loop):
-    policy, generator = make_policy().float(), torch.Generator().manual_seed(0)
-    given = freeze(make_policy().lm.float()), score, PROMPTS * 8, EOS, SETTINGS
-    rollout = loop["collect_rollout"](policy, *given, generator)
-    return loop["ppo_advantages"](rollout, SETTINGS, 0.1)
+    return collect(loop, make_policy().float(), freeze(make_policy().lm.float()))
 
 
 def fresh(loop, settings=SETTINGS):
@@ -53,7 +50,7 @@ def whole_run(loop, work) -> dict:
     """Two rollouts and updates, by notebook 3's `train`."""
     run, seen, second = fresh(loop), [], accelerate.PartialState().process_index
 
-    def collect(*given):  # the first one's responses are shorter
+    def drawn(*given):  # the first one's responses are shorter
         *given, settings, generator = given
         settings = replace(settings, max_new_tokens=6 if second else 3)
         return loop["collect_rollout"](*given, settings, generator)
@@ -63,9 +60,9 @@ def whole_run(loop, work) -> dict:
         return loop["ppo_advantages"](rollout, *options)
 
     given = freeze(make_policy().lm.float()), score, lambda step: MIXED, END, SETTINGS
-    collect = partial(processes.collect_together, collect)
+    together = partial(processes.collect_together, drawn)
     update = partial(loop["ppo_update"], gradients=work)
-    loop["train"](run, *given, advantages, update, collect=collect)
+    loop["train"](run, *given, advantages, update, collect=together)
     state = run.policy.state_dict() | {"generator": run.generator.get_state()}
     return {"history": run.history, "rollouts": seen, "state": state}
 
