@@ -237,11 +237,21 @@ def judged_by(name, *of):
 
 
 WORDS = ("dropout", "nothing that is", "one adapter", "KL", "scores")
+
+
+def unmerged(start):
+    """SFT's adapter: with adapters off, the pre-trained model is left."""
+    learn(start.lm, ".policy.")
+    start.reference = freeze(lora.sharing(start.lm, "reward"))
+    learn(start.lm, ".reward.", seed=2)
+
+
 SICK = [  # and which of these sentences are not so
     (lambda s: None, ()),
     (lambda s: s.policy.train(), (0, 3)),
     # A fresh adapter gives a KL of 0: only its weights tell
     (lambda s: setattr(s, "reference", lora.sharing(s.lm, "policy").eval()), (1,)),
+    (unmerged, (3,)),
     (lambda s: learn(s.lm, ".policy."), (3,)),
     (lambda s: s.lm.transformer.wte.requires_grad_(True), (1, 2)),
     (lambda s: lora.switch(s.policy.lm, None), (2,)),
