@@ -71,19 +71,6 @@ def test_what_is_learned_from_carries_no_gradient():
     assert not any(x.requires_grad for x in found)
 
 
-def test_what_holds_if_nothing_else_is_named():
-    draw, mask = random_case(0)
-    a, b, c = (draw() for _ in range(3))
-    for function, given, default in (
-        (ppo.compute_gae, (a, b, mask), (1.0, 0.95)),  # gamma and lambda
-        (ppo.policy_loss, (a, b, c, mask), (0.2,)),
-        (ppo.value_loss, (a, b, c, mask), (0.2,)),
-        (ppo.kl_estimate, (a, b), ("k1",)),
-    ):
-        found, named = function(*given), function(*given, *default)
-        torch.testing.assert_close(found, named, atol=0, rtol=0)
-
-
 def test_entropy_by_hand_and_its_gradient_where_a_probability_underflows():
     logits = torch.zeros(1, 3, 4, dtype=torch.float64)
     logits[0, 1] = torch.tensor([0.0, -INF, -INF, 0.0])
@@ -182,15 +169,13 @@ def test_neither_padding_nor_the_order_of_the_responses_matters(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("shape", [(2, 4), (2, 1)])
-def test_shapes_that_disagree_are_named(name, shape):
-    """Whichever tensor it is, and also where torch would stretch it to fit."""
+def test_shapes_that_disagree_are_named(name):
+    """Whichever tensor it is, also where torch would stretch it to fit."""
     function, count = FUNCTIONS[name]
     for odd in range(count + 1):
-        shapes = [shape if i == odd else (2, 3) for i in range(count + 1)]
-        with pytest.raises(ValueError) as error:
-            function(*(torch.ones(s).double() for s in shapes))
-        assert " (2, 3)" in str(error.value) and f" {shape}" in str(error.value)
+        given = [torch.ones(2, 1 if i == odd else 3) for i in range(count + 1)]
+        with pytest.raises(ValueError, match=r"(?=.* \(2, 3\)).* \(2, 1\)"):
+            function(*given)
 
 
 X, LABELS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
@@ -201,8 +186,6 @@ BAD = [
     (ppo.token_logprobs, (X, torch.cat([LABELS, LABELS])), r"\(2,\).*\(4,\)"),
     (ppo.token_logprobs, (X, LABELS, 0), "temperature.*0"),
     (ppo.AdaptiveKL, (0, 6.0, 100), "kl_coef must be positive, got 0"),
-    (ppo.AdaptiveKL, (0.1, -1, 100), "target must be positive, got -1"),
-    (ppo.AdaptiveKL, (0.1, 6.0, NAN), "horizon must be positive, got nan"),
 ]
 
 
