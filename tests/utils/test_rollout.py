@@ -73,7 +73,7 @@ def test_a_finished_response_costs_nothing():
     assert sizes == [(60, 4), *((n, 1) for n in mask[:, 1:].sum(0).tolist())]
 
 
-def test_ends_tokens_scores_rows_and_parts_by_hand():
+def test_ends_tokens_and_scores_by_hand():
     ids = torch.tensor([[EOS, 5, 6, EOS], [4, 5, 6, 7], [4, 5, EOS, EOS]])
     mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
     ended = has_ended(ids, mask, EOS)
@@ -81,14 +81,6 @@ def test_ends_tokens_scores_rows_and_parts_by_hand():
     assert response_tokens(ids, mask) == [[6, EOS], [6, 7], [EOS]]
     scores = normalise_scores(torch.tensor([3.0, 7.0, 1.0]), ended, 1.0, 4.0, -1.0)
     assert scores.tolist() == [0.5, -1.0, 0.0]
-    rollout = make_rollout(scores=torch.tensor([1.0, 2.0]))
-    part = rollout.rows(torch.tensor([1]))
-    assert rollout.n_tokens == 4 and len(part) == part.n_tokens == 1
-    assert part.scores.tolist() == [2.0] and part.mask.tolist() == [[1, 0, 0]]
-    assert [x.scores.tolist() for x in rollout.split(1)] == [[1.0], [2.0]]
-    (whole,) = rollout.split(3, torch.tensor([1, 0]))
-    assert whole.scores.tolist() == [2.0, 1.0]
-    assert whole.texts[2].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -106,32 +98,27 @@ def test_a_spread_that_may_be_rounding_is_no_scale(middle, spread, good):
             refused(f"64 .*{str(dtype)[6:]}; train it on", score_scale, raw, dtype)
 
 
-def make_rollout(**changes):
+BROKEN = [
+    ("mask", [[1, 1, 1], [0, 0, 0]], r"\[0, 0, 0\]"),
+    ("mask", [[1, 1, 1], [1, 0, 1]], r"\[1, 0, 1\]"),
+    ("scores", [0.0, NAN], "one of the scores is nan; check the model"),
+    ("old_values", [[math.inf] * 3] * 2, "one of the old_values is inf"),
+    ("old_values", [[0.0] * 4] * 2, r"old_values has shape \(2, 4\).*\(2, 3\)"),
+    ("scores", [[0.0]] * 2, r"scores has shape \(2, 1\).*\(2,\)"),
+    ("attention_mask", [[1] * 6] * 2, r"attention_mask.*\(2, 6\).*\(2, 5\)"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", BROKEN)
+def test_a_broken_rollout_is_refused(name, value, message):
+    """One that is whole has two responses of at most three tokens."""
     names = [f.name for f in dataclasses.fields(Rollout) if f.name != "cpu_mask"]
     fields = {name: torch.zeros(2, 3) for name in names}
     fields |= {name: torch.zeros(2, 5) for name in ("input_ids", "attention_mask")}
     fields |= {name: torch.zeros(2) for name in ("raw_scores", "scores")}
     fields["mask"] = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    return Rollout(**{**fields, **changes})
-
-
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("mask", [[1, 1, 1], [0, 0, 0]], r"\[0, 0, 0\]"),
-        ("mask", [[1, 1, 1], [1, 0, 1]], r"\[1, 0, 1\]"),
-        ("mask", [[0, 1, 1], [1, 1, 0]], r"\[0, 1, 1\]"),
-        ("scores", [0.0, NAN], "one of the scores is nan; check the model"),
-        ("ref_logprobs", [[0.0, NAN, 0.0]] * 2, "one of the ref_logprobs is nan"),
-        ("old_values", [[math.inf] * 3] * 2, "one of the old_values is inf"),
-        ("advantages", [[NAN] * 3] * 2, "one of the advantages is nan"),
-        ("old_values", [[0.0] * 4] * 2, r"old_values has shape \(2, 4\).*\(2, 3\)"),
-        ("scores", [[0.0]] * 2, r"scores has shape \(2, 1\).*\(2,\)"),
-        ("attention_mask", [[1] * 6] * 2, r"attention_mask.*\(2, 6\).*\(2, 5\)"),
-    ],
-)
-def test_a_broken_rollout_is_refused(name, value, message):
-    refused(message, make_rollout, **{name: torch.tensor(value)})
+    Rollout(**fields)
+    refused(message, Rollout, **{**fields, name: torch.tensor(value)})
 
 
 def head(weight):
@@ -149,9 +136,7 @@ def linear_case(n, words, dtype=torch.float64):
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-@pytest.mark.parametrize(
-    "temperature, frozen", [(1.0, False), (2.5, False), (2.5, True)]
-)
+@pytest.mark.parametrize("temperature, frozen", [(1.0, False), (2.5, True)])
 def test_label_logprobs_are_token_logprobs_of_the_logits(temperature, frozen):
     """Values and gradients, against automatic differentiation; with less memory."""
     hidden, weight, labels = linear_case(7, 9)
