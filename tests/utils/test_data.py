@@ -34,10 +34,13 @@ def made(folder, names=None, **splits):
     return str(folder / "saved")
 
 
-def of(labels):
-    """The same in both splits: text 0, text 1, … with these labels."""
-    columns = {"sentence": [f"text {i}" for i in range(len(labels))], "label": labels}
+def both(**columns):
     return {"train": columns, "validation": columns}
+
+
+def of(labels):
+    """In both splits text 0, text 1, … with these labels."""
+    return both(sentence=[f"text {i}" for i in range(len(labels))], label=labels)
 
 
 def load(name, **settings):
@@ -56,14 +59,11 @@ STARS, OTHER, NEG_POS = [5, 1, 3, 4, 2], [1, 0, None, 1, 0], ("neg", "pos")
 WAYS = {
     "0, 1 and none": ([1, 0, 1, None], "1", "", [1, 0, 1, None]),
     "texts": (["positive", "negative", "Positive "], "positive", "", [1, 0, 1]),
-    "stars": (STARS, "4,5", "1,2", OTHER),
     "stars, by bounds": (STARS, ">=4", "<3", OTHER),
     "scores": ([0.9, 0.2, 0.5, 0.51], ">0.5", "<= 0.5", [1, 0, 0, 1]),
     "numbers as text": (["1", "0", " 1", "", " "], "1", "", [1, 0, 1, None, None]),
-    "1 and 2": ([1, 2], 2, "", [0, 1]),
     "1 and 2, turned on purpose": ([1, 2], "1", "2", [1, 0]),
     "a text with a comma": (["good, fun", "bad"], "good, fun", "", [1, 0]),
-    "a class by number": ([1, 0, -1], "1", "", [1, 0, None], NEG_POS),
     "a class by name": ([1, 0, -1], "POS", "", [1, 0, None], NEG_POS),
     "classes by number": ([4, 0, 2, 3, 1], "3,4", "<2", OTHER, "abcde"),
     "names that are numbers": ([4, 0, 2, 3, 1], "4,5", "1,2", OTHER, "12345"),
@@ -80,22 +80,16 @@ def test_labels_of_every_kind(tmp_path, capsys, way):
     assert ("left out" in capsys.readouterr().out) == (None in meant)
 
 
-def both(**columns):
-    return {"train": columns, "validation": columns}
-
-
 TEXT, LABEL = "column 'sentence'.*{}.*text_column", "column 'label'.*{}.*label_column"
 APART, FEW = LABEL.format("{}.*positive_label {}"), "{} rows of {}.*positive_label"
 TO_TEST, SPLITS = {"validation_split": "test"}, "'train'.*{}.*validation_split"
 SAME = {**GOOD, "label": [0, 0]}
 WRONG = {  # splits, settings, and what is said
     "texts": (of(["good", "bad"]), {}, APART.format("good.*bad", "'1'")),
-    "stars": (of(STARS), {}, APART.format("5.*1.*3.*4.*2", "'1'")),
     "1 and 2, of which 1 is the worse": (of([1, 2]), {}, APART.format("1.*2", "'1'")),
     "a third": (of([*"abc"]), {"positive_label": "a"}, APART.format("b.*c", "'a'")),
     "no such label": (of([1, 0]), {"negative_label": "ill"}, LABEL.format("'ill'")),
     "of both": (of([1, 0]), {"negative_label": "1,0"}, LABEL.format("'1'.*'1,0'")),
-    "one only": (of([1, 1]), {}, APART.format("1", "'1'")),
     "no label": (both(sentence=["a"], stars=[1]), {}, LABEL.format("'stars'")),
     "as IMDB's": (both(text=["a"], label=[1]), {}, TEXT.format("'text'")),
     "numbers": (both(sentence=[3], label=[1]), {}, TEXT.format("holds 3")),
@@ -103,7 +97,6 @@ WRONG = {  # splits, settings, and what is said
     "a typo": ({"train": GOOD}, TO_TEST, SPLITS.format("'test'")),
     "twice": (both(**GOOD), {"validation_split": "train"}, SPLITS.format("")),
     "of one kind": ({"train": GOOD, "test": SAME}, TO_TEST, FEW.format(2, "val")),
-    "too few to keep back": ({"train": GOOD}, {}, FEW.format(r"\d", "(train|val)")),
     "too few drawn": (of([0] * 39 + [1]), {"train_rows": 2}, FEW.format(2, "train")),
 }
 
@@ -150,17 +143,15 @@ def table(separator):
     return f"sentence{separator}label\n" + "".join(rows)
 
 
-CSV, TSV = table(","), table("\t")
+CSV = table(",")
 FILES = {
     "plain.csv": CSV,
     "a name [with] *signs*, #1%20.csv": CSV,
     "windows.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(),
     "semicolons.csv": table(";"),
-    "tabs.tsv": TSV,
-    "tabs.tsv.gz": gzip.compress(TSV.encode()),
+    "tabs.tsv.gz": gzip.compress(table("\t").encode()),
     "small.csv.zip": lambda path: zipfile.ZipFile(path, "w").writestr("a.csv", CSV),
     "lines.jsonl": JSONL,
-    "list.json": json.dumps(ROWS),
     "columns.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
     "folder": lambda path: written(path / "train-0.parquet", FILES["columns.parquet"]),
@@ -201,12 +192,9 @@ ANEW, RAGGED = ".*; make it anew", "a,b\n" + "c,1\n" * 501 + "d,e,0\n"
 NO_FILES = {  # what is in a file, and what is said; without it there is no such file
     "typo.csv": (None, "correct the name"),
     "sheet.xlsx": (b"PK", r"\.csv.*\.jsonl.*\.parquet"),
-    "empty.csv": (b"", f"EmptyDataError: No columns{ANEW}"),
-    "names only.csv": (b"sentence,label\n", f"no data{ANEW}"),
     "latin.csv": (CSV.encode() + b"caf\xe9,1\n", f"UnicodeDecodeError: 'utf-8'{ANEW}"),
     "ragged.csv": (RAGGED, f"Error tokenizing .*line 503, saw 3{ANEW}"),
     "torn.jsonl": (b'{"sentence": "a"}\n{"sent', f"(Trailing data|JSON).*{ANEW}"),
-    "torn.parquet": (b"PAR1", f"ArrowInvalid: Parquet{ANEW}"),
     "empty": (lambda path: path.mkdir(), f"contain any data files{ANEW}"),
 }
 
@@ -230,9 +218,7 @@ FILE, NAME = "a file", "a name"
 OTHERS = {  # what is said; of the error of another, and what is being loaded
     "PermissionError: .*; ask its owner for": (PermissionError(13, "Denied"), FILE),
     "OSError: .*No space.*; make room": (OSError(28, "No space left"), FILE),
-    "OSError: .*quota.*; make room": (OSError(122, "Disk quota exceeded"), FILE),
     "OSError: .*Read-only.*; .*HF_HOME": (OSError(30, "Read-only file system"), FILE),
-    "MemoryError: .*; free memory": (MemoryError("tried 9 GiB"), FILE),
     "NotFoundError: .*; install it": (ModuleNotFoundError("No module 'x'"), NAME),
     "KeyError: .*; update the library": (KeyError("a new kind"), NAME),
     "; correct HF_TOKEN$": (UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"), NAME),
@@ -264,35 +250,27 @@ def test_a_tokenizer_without_an_end_or_without_words(tmp_path, world):
         refused(f"{name}' .*{says}", data.load_tokenizer, tmp_path / name)
 
 
-TEMPLATES = {"nothing": "$A", "before": "{} $A", "behind": "$A {}", "both": "{} $A {}"}
-
-
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=["$A", "$A {}", "{} $A {}"])
 def adding(request, world):
-    """Tokenizers that put EOS before a text (OPT's), behind it, both, or nowhere."""
+    """Tokenizers that put EOS nowhere, behind a text, or before it (OPT's), too."""
     tokenizer = data.load_tokenizer(str(world / "model"))
     eos = (tokenizer.eos_token, tokenizer.eos_token_id)
-    template = TEMPLATES[request.param].replace("{}", eos[0])
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=[eos]
-    )
-    tokenizer.front = [eos[1]] if template.startswith(eos[0]) else []
+    adds = TemplateProcessing(request.param.replace("{}", eos[0]), special_tokens=[eos])
+    tokenizer.backend_tokenizer.post_processor = adds
+    tokenizer.front = [eos[1]] * request.param.startswith("{}")
     return tokenizer
 
 
 def test_what_a_tokenizer_adds_is_no_fault_of_the_text(adding, tokenizer):
     """Clean, cut where too long, EOS behind and nothing else; and no EOS within."""
     eos, words = adding.eos_token_id, tokenizer("never dull")["input_ids"]
-    (row,) = data.tokenize(["never dull "], adding, max_tokens=10)
-    assert row == [*adding.front, *words, eos] and eos not in words
-    (row,) = data.tokenize(["the plot is dull . " * 9_000], adding, max_tokens=6)
-    plot = tokenizer("the plot is dull .")["input_ids"]
-    assert row == [*adding.front, *plot][:5] + [eos]
+    rows = data.tokenize(["never dull ", "never " * 9_000], adding, max_tokens=6)
+    texts = [adding.front + words, adding.front + tokenizer("never " * 5)["input_ids"]]
+    assert rows == [text[:5] + [eos] for text in texts] and eos not in words
     assert data.encode(["never dull"], adding) == [[*adding.front, *words]]
     assert data.tokens_in_front(adding) == adding.front
-    for text in (f"never {adding.eos_token} dull", adding.eos_token):
-        says = "holds the EOS token '<.endoftext.>'"
-        refused(says, data.tokenize, ["a film", text], adding, max_tokens=10)
+    says, text = "holds the EOS token '<.endoftext.>'", f"{adding.eos_token} dull"
+    refused(says, data.tokenize, ["a film", text], adding, max_tokens=10)
 
 
 def test_prompts_are_beginnings_of_long_sentences_only(adding, tokenizer):
@@ -330,12 +308,10 @@ def test_no_prompt_ends_within_a_letter():
 
 
 def test_padding_on_either_side_by_hand():
-    for side, padded, real in (
-        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
-        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
-    ):
+    padded = {"right": ([8, 9, 9], [1, 0, 0]), "left": ([9, 9, 8], [0, 0, 1])}
+    for side, (row, real) in padded.items():
         ids, mask = data.pad([[5, 6, 7], [8]], pad_id=9, side=side)
-        assert (ids.tolist(), mask.tolist()) == (padded, real)
+        assert ids.tolist() == [[5, 6, 7], row] and mask.tolist() == [[1] * 3, real]
 
 
 def test_batches_hold_every_row_once_and_little_padding():
