@@ -12,6 +12,7 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0" * 40
@@ -20,7 +21,7 @@ NO_REPOSITORY, NO_FILE = (404, "RepoNotFound"), (404, "EntryNotFound")
 
 @contextlib.contextmanager
 def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
-    """Serve folders under their names; gives the address for HF_ENDPOINT.
+    """Serve the files of folders under their names; the address for HF_ENDPOINT.
 
     `fault` maps the number of a request, from 0 on, to the status that it is refused
     with, or None; a status may come with the hub's word for it, as (403, "GatedRepo").
@@ -81,23 +82,18 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
                 return self.refuse(NO_REPOSITORY)
             folder, rest = repositories[name], path.removeprefix(name).strip("/")
 
-            def entry(found):
-                kind = "directory" if found.is_dir() else "file"
-                path, size = found.relative_to(folder).as_posix(), found.stat().st_size
-                return {"type": kind, "path": path, "size": size, "oid": COMMIT}
+            def entry(file):
+                size = file.stat().st_size
+                return {"type": "file", "path": file.name, "size": size, "oid": COMMIT}
 
+            entries = [*map(entry, filter(Path.is_file, sorted(folder.iterdir())))]
             if rest.startswith("tree/"):
-                under = folder.joinpath(*rest.split("/")[2:])
-                if not under.is_dir():
-                    return self.refuse(NO_FILE)
-                all_below = "recursive=true" in self.path.lower()
-                found = under.rglob("*") if all_below else under.iterdir()
-                return self.answer(200, [entry(path) for path in sorted(found)])
-            entries = [entry(found) for found in sorted(folder.rglob("*"))]
+                below = rest.count("/") > 1
+                return self.refuse(NO_FILE) if below else self.answer(200, entries)
             if rest.startswith("paths-info/"):
                 wanted = json.loads(posted)["paths"]
                 return self.answer(200, [e for e in entries if e["path"] in wanted])
-            names = [{"rfilename": e["path"]} for e in entries if e["type"] == "file"]
+            names = [{"rfilename": entry["path"]} for entry in entries]
             repository = {"id": name.split("/", 1)[1], "sha": COMMIT, "siblings": names}
             self.answer(200, {**repository, "tags": [], "private": False})
 

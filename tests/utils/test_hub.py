@@ -123,7 +123,7 @@ def served(world, tmp_path_factory):
         tmp_path_factory.mktemp, ("home", "sst2", "glue", "empty", "large")
     )
     for split, rows in datasets.load_from_disk(world / "dataset").items():
-        rows.to_parquet(sst2 / f"data/{split}-00000-of-00001.parquet")
+        rows.to_parquet(sst2 / f"{split}-0.parquet")
     for name in ("cola", "sst2"):
         written(glue / f"{name}.jsonl", JSONL.replace("film", name))
     head = "".join(map(CONFIG.format, ("cola", "sst2")))
