@@ -9,18 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.small import (
-    EOS,
-    PROMPTS,
-    SETTINGS,
-    collect,
-    go,
-    guarded,
-    make_policy,
-    score,
-    small_lm,
-    update,
-)  # fmt: skip
+from tests import small
+from tests.small import EOS, PROMPTS, SETTINGS, collect, guarded, small_lm, update
 from utils.models import PolicyWithValueHead, freeze
 from utils.ppo import compute_gae, policy_loss, value_loss
 from utils.rollout import has_ended
@@ -33,7 +23,7 @@ close, change = partial(torch.testing.assert_close, rtol=0), dataclasses.replace
 
 @pytest.fixture
 def policy():
-    return make_policy()
+    return small.make_policy()
 
 
 def weights_of(model):
@@ -146,7 +136,6 @@ BREAKS = [
     ("gradient", NAN, 0, "norm of the gradients is nan"),
     ("gradient", INF, 0.5, "norm of the gradients is"),  # it was scaled down
     ("gradient", NAN, 1024.0, None),  # the scaler leaves this step out
-    ("gradient", 1e38, 0, "norm of the gradients is inf"),
     ("loss", INF, 1024.0, "value loss is inf"),
 ]
 
@@ -233,7 +222,7 @@ def small_run(loop, **changes):
     """A run of PPO for a small model, its settings, and what `train` wants besides."""
     settings = {"ppo_episodes": 600, "ppo_lr": 3e-3, **changes}
     settings, lm = change(SETTINGS, **settings), small_lm()
-    models = (freeze(copy.deepcopy(lm)), score, lambda step: PROMPTS * 8, EOS)
+    models = (freeze(copy.deepcopy(lm)), small.score, lambda step: PROMPTS * 8, EOS)
     return loop["fresh_run"](lm, settings), models, settings
 
 
@@ -244,7 +233,7 @@ def test_rates_rise_and_fall_and_an_adaptive_beta_steers_the_kl(loop):
     run, models, settings = small_run(loop, **changes)
     _, head = run.decay.get_last_lr()
     assert head == pytest.approx(settings.value_head_lr / 3)
-    go(loop, run, models, settings)
+    small.go(loop, run, models, settings)
     thirds = [1 / 3 * 6 / 6, 2 / 3 * 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     rates = [row["learning_rate"] for row in run.history]
     assert rates == pytest.approx([0.01 * x for x in thirds])
@@ -258,11 +247,11 @@ def test_rates_rise_and_fall_and_an_adaptive_beta_steers_the_kl(loop):
     assert len(set(used)) == 6
 
 
-@pytest.mark.parametrize(
-    "gpu, best",
-    [("", "cpu float32"), ("mps", "cpu float32")]  # a Mac's GPU only if it is named
-    + [(7, "cuda float16"), (8, "cuda bfloat16")],  # 7 is a T4, which emulates bfloat16
-)
+BEST = [("", "cpu float32"), ("mps", "cpu float32")]  # a Mac's GPU only if it is named
+BEST += [(7, "cuda float16"), (8, "cuda bfloat16")]  # 7 is a T4, which emulates it
+
+
+@pytest.mark.parametrize("gpu, best", BEST)
 def test_device_and_precision_are_the_best_there_are_or_named(monkeypatch, gpu, best):
     cuda, here = gpu in (7, 8), SimpleNamespace(major=gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
