@@ -77,19 +77,15 @@ def change_cell(monkeypatch, cell_id, old, new):
     monkeypatch.setattr(nbformat, "read", read)
 
 
-def change_step(monkeypatch, old, new):
-    step = training.GuardedOptimizer.step
-    namespace = {}
-    source = changed(textwrap.dedent(inspect.getsource(step)), old, new)
-    exec(source, vars(training), namespace)
-    monkeypatch.setattr(training.GuardedOptimizer, "step", namespace["step"])
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_of_the_loop_is_caught(mistake, monkeypatch):
     cell_id, old, new, test = MISTAKES[mistake]
-    change = change_cell if cell_id else change_step
-    change(monkeypatch, *[cell_id] * bool(cell_id), old, new)
+    if cell_id:
+        change_cell(monkeypatch, cell_id, old, new)
+    else:  # of the optimiser under the loop
+        step = textwrap.dedent(inspect.getsource(training.GuardedOptimizer.step))
+        exec(changed(step, old, new), vars(training), made := {})
+        monkeypatch.setattr(training.GuardedOptimizer, "step", made["step"])
     file = "utils/test_evaluation.py" if test == FIGURE else "lessons/test_loop.py"
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", test]
     found = pytest.main([*options, str(ROOT / "tests" / file)])
