@@ -74,7 +74,6 @@ LOADERS = {"lm": load_causal_lm, "rm": RewardModel.from_pretrained}
 LOADERS["words"] = load_tokenizer
 SICK = {  # a file, what is done to it, what cannot be loaded any more, and the cause
     "no model": ("config.json", lambda file: file.unlink(), "lm rm", "config.json"),
-    "a torn configuration": ("config.json", torn, "lm rm", "JSONDecodeError: "),
     "torn weights": (WEIGHTS, torn, "lm rm", "SafetensorError: "),
     "pickled weights": (WEIGHTS, pickled, "lm rm", WEIGHTS),
     "a torn reward head": (HEAD, torn, "rm", "SafetensorError: "),
