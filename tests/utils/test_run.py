@@ -48,10 +48,8 @@ def project(tmp_path, monkeypatch):
 
 
 CELLS = [
-    (FIRST, "", "tiny", {}),
     (FIRST, "--preset full", "full", {}),
     (FIRST, "--set seed=3 --set rm_epochs=2", "tiny", {"seed": 3, "rm_epochs": 2}),
-    (FIRST, "--set train_anyway=True", "tiny", {"train_anyway": True}),
     (FIRST, "--set positive_label=4,5", "tiny", {"positive_label": "4,5"}),
     # What the cell says stays where the command says nothing, however it says it
     ('PRESET = "full"\nCHANGES = {"seed": 7}', "", "full", {"seed": 7}),
