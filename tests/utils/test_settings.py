@@ -47,7 +47,6 @@ WRONG = [
     ({"ppo_episodes": 51.2}, "ppo_episodes must be a whole number.*51.2"),
     ({"ppo_episodes": 100}, r"ppo_episodes \(100\) .*multiple of ppo_rollout_size"),
     ({"ppo_micro_batch_size": 48}, r"ppo_minibatch_size.*micro_batch_size \(48"),
-    ({"kl_coef": "0.1"}, "kl_coef must be a.* number.*'0.1'"),
     ({"kl_coef": -1}, "kl_coef must be 0 or more, got -1"),
     ({"kl_coef": 0, "kl_target": 6}, "kl_coef must be above 0.*kl_target"),
     ({"ppo_lr": 0}, "ppo_lr must be above 0.*0"),
@@ -55,7 +54,6 @@ WRONG = [
     ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
     ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1.*1.5"),
     ({"train_anyway": "yes"}, "train_anyway must be True or False.*'yes'"),
-    ({"precision": "int8"}, "precision.*float16.*'int8'"),
     ({"device": "cuda:1"}, "device.*auto.*cpu.*cuda.*mps.*'cuda:1'"),
 ]
 
