@@ -161,7 +161,7 @@ def test_a_pause_looks_draws_and_says_once():
     """Of four rollouts; and in another process, which goes on after the third."""
     row = dict.fromkeys([name for name, *_ in CURVES], 0.1) | HEALTHY | {"kl": 99.0}
     run = SimpleNamespace(policy=None, history=[], snapshots={}, said=[])
-    written, logged, saved, drawn = [], [], [], []
+    written, saved, drawn = [], [], []
     shown = SimpleNamespace(update=lambda picture, **_: drawn.append([*picture]))
     checkpoint = SimpleNamespace(save=lambda: saved.append(len(run.history)))
 
@@ -170,18 +170,18 @@ def test_a_pause_looks_draws_and_says_once():
         return {"kl": 0.0}, [1] * 9
 
     names = {"settings": dataclasses.replace(SETTINGS, ppo_episodes=4 * 24), "run": run}
-    names |= {"evaluate": evaluate, "held_out": PROMPTS}
-    names |= {"log": lambda figures, step: logged.append(step), "time": time}
+    names |= {"evaluate": evaluate, "held_out": PROMPTS, "time": time}
     names |= {"checkpoint": checkpoint}
     for steps in (range(4), range(3, 5)):
         cells = import_cells(NOTEBOOK, "snapshot", "pause", names=names)
         cells |= {"display": lambda **_: shown, "tqdm": SimpleNamespace()}
         cells["tqdm"].write = written.append
-        cells["curves"]["next"] = 0  # so that it is time
+        cells["curves"] |= {"shown": None, "next": 0}  # so that it is time
         for step in steps:
             run.history = [row] * step
             cells["pause"](step)
     assert run.snapshots == {step: ({"kl": 0.0}, [1] * 6) for step in range(5)}
-    assert logged == [1, 2, 3, 3, 4] and saved == [0, 1, 2, 3, 3, 4]
-    assert drawn == [["image/png"]] * 2  # once in each: the next is not due
+    assert saved == [0, 1, 2, 3, 3, 4]
+    # once in each, since the next is not due; and what stands there at the end
+    assert drawn == [["image/png"], ["image/png"], ["text/plain"]]
     assert written == ["rollout 3, KL to the reference: see the glossary below"]
