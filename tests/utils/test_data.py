@@ -214,23 +214,25 @@ def tokenizer(world):
     return data.load_tokenizer(str(world / "model"))
 
 
-FILE, NAME = "a file", "a name"
-OTHERS = {  # what is said; of the error of another, and what is being loaded
-    "PermissionError: .*; ask its owner for": (PermissionError(13, "Denied"), FILE),
-    "OSError: .*No space.*; make room": (OSError(28, "No space left"), FILE),
-    "OSError: .*Read-only.*; .*HF_HOME": (OSError(30, "Read-only file system"), FILE),
-    "NotFoundError: .*; install it": (ModuleNotFoundError("No module 'x'"), NAME),
-    "KeyError: .*; update the library": (KeyError("a new kind"), NAME),
-    "; correct HF_TOKEN$": (UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"), NAME),
-    "disabled.*; unset HF_HUB_OFFLINE": (OSError("outgoing traffic is disabled"), NAME),
+OTHERS = {  # what is said; of the error of another, and whether a file is loaded
+    "PermissionError: .*; ask its owner for": (PermissionError(13, "Denied"), True),
+    "OSError: .*No space.*; make room": (OSError(28, "No space left"), True),
+    "OSError: .*Read-only.*; .*HF_HOME": (OSError(30, "Read-only file system"), True),
+    "NotFoundError: .*; install it": (ModuleNotFoundError("No module 'x'"), False),
+    "KeyError: .*; update the library": (KeyError("a new kind"), False),
+    "; correct HF_TOKEN$": (UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"), False),
+    "disabled.*; unset HF_HUB_OFFLINE": (
+        OSError("outgoing traffic is disabled"),
+        False,
+    ),
 }
 
 
 @pytest.mark.parametrize("says", OTHERS)
 def test_what_another_did_is_no_fault_of_what_is_loaded(tmp_path, monkeypatch, says):
     """Of an error and its first cause the latter counts, and its remedy."""
-    error, what = OTHERS[says]
-    name, known = (tmp_path, error) if what == FILE else ("me/model", None)
+    error, here = OTHERS[says]
+    name, known = (tmp_path, error) if here else ("me/model", None)
 
     def load():
         with data.loading("model", name):

@@ -32,7 +32,6 @@ CAUSES = {
     "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
     # The real hub says 401 to a stranger who asks for what is not there
     "not there": (refuses((401, NOT_THERE)), "401", "correct the name.*TOKEN"),
-    "gated": (refuses((403, "GatedRepo")), "403", "accept its terms.*HF_TOKEN"),
     "out of order": (refuses(503), "503 Service Unavailable", ONLINE),
     "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
     "silent": (silent, "timed out", ONLINE),
