@@ -3,21 +3,17 @@
 import dataclasses
 import json
 import re
-import warnings
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
-import nbformat
 import pytest
 import torch
-from nbformat.v4 import new_code_cell, new_notebook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from practice import cells
 from utils.models import PolicyWithValueHead
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
 from utils.runs import ROOT
-from utils.settings import FULL, load_settings
-from workshop import loops, speed, work
+from utils.settings import FULL
+from workshop import loops, measure, speed, work
 
 PAGE = (ROOT / "docs/speed.md").read_text("utf8")
 
@@ -89,104 +85,28 @@ def test_the_share_of_the_ceiling_by_hand():
     assert "| 82.0 (79.5 to 87.6) | 1.00 | 1.19 | 55% |" in PAGE
 
 
-SPENT = []  # seconds, by the parts of a pretended notebook 3
-spend = SPENT.append
-PRETENDED = {
-    "parameters": "raise NotImplementedError",
-    "parts": """
-import json, pathlib, torch, types, warnings
-from tests.workshop.test_speed import spend
-from utils.runs import code_hash
+@pytest.mark.slow
+def test_a_gpu_is_measured(settings, world, tmp_path, monkeypatch, capsys):
+    """For real, on a CPU and with few texts: loops, and notebooks 1 to 3 as they are.
 
-device, history, steps = torch.device("cuda"), [], 4
-off = {"ratio": torch.tensor(0.25)}
-scaler = types.SimpleNamespace(state_dict=lambda: {"scale": 512.0})
-run = types.SimpleNamespace(optimizer=types.SimpleNamespace(scaler=scaler))
-folder = pathlib.Path(CHANGES["runs_dir"], PRESET)
-begun = (folder / "ppo.pt").exists()
-def wait(seconds, times):
-    spend(seconds)
-    for _ in range(times):
-        warnings.warn("called a synchronizing CUDA operation")
-def sample_responses(): wait(3, 5)
-def score(*_): wait(2, 0)
-def collect_rollout(score): wait(1, 0); sample_responses(); score()
-def ppo_update(): wait(4, 2); history.append({"optimizer_steps": 3.0})
-def pause(step): wait(100, 9); sample_responses()
-code = code_hash(collect_rollout, score)""",
-    "loop": """
-pause(0)
-for step in range(2):
-    collect_rollout(score); ppo_update(); pause(step + 1)""",
-    "after": """
-collect_rollout(score)
-same = code_hash(collect_rollout, score) == code  # PPO asks when it begins
-metrics = {"before": {"begun": begun}, "after": {"same": same}, "history": history}
-(folder / "metrics.json").write_text(json.dumps(metrics))""",
-}
-
-
-def test_a_notebook_as_it_is_under_a_watch(tmp_path, monkeypatch):
-    """Its seconds by hand; what `pause` takes, and what comes after, count nowhere."""
-    made = [new_code_cell(y, id=x) for x, y in PRETENDED.items()]
-    nbformat.write(new_notebook(cells=made), tmp_path / "3.ipynb")
-    for module in (speed, cells):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(speed, "NOTEBOOKS", {"3": "3.ipynb"})
-    monkeypatch.setattr(speed, "peak_memory", lambda device: 7.0)
-    monkeypatch.setattr(work.Watch, "now", lambda watch: sum(SPENT))
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    folder = tmp_path / "made/7/full"
-    folder.mkdir(parents=True)
-    (folder / "ppo.pt").touch()
-    with warnings.catch_warnings():
-        found = speed.stage(load_settings("full"), 7, "3", tmp_path / "made")
-    assert found.pop("seconds") > 0
-    assert found == {
-        "peak_gib": 7.0,
-        "before": {"begun": False},
-        "after": {"same": True},
-        "phases": {"generate": 6, "score": 4, "log-probs": 2, "update": 8},
-        "waits": {"generate": 5, "score": 0, "log-probs": 0, "update": 2},
-        "first_ratio_off": 0.25,
-        "loss_scale": 512.0,
-        "steps_left_out": 2 * 4 - 2 * 3,
-    }
-
-
-FOUND = {
-    "loop": {**dict.fromkeys((*speed.PHASES, "memory"), [1.0]), "episodes": [128]},
-    "ceiling": {"rate": [1e9]},
-    "sft": {"seconds": [90.0], "peak_gib": [2.0]},
-    "reward_model": {"seconds": [60.0], "peak_gib": [6.0]},
-    "policy": {"seconds": [30.0], "peak_gib": [4.0]},
-}
-FOUND["policy"] |= {"after": {"reward": [0.75]}, "phases": {"generate": [1.0]}}
-FOUND["policy"]["phases"] |= {"score": [2.0], "log-probs": [3.0], "update": [4.0]}
-
-
-def test_what_a_gpu_took_is_said(settings, monkeypatch, capsys):
-    """90 + 60 + 30 seconds; 1 of 1 + 2 + 3 + 4 seconds is sampling."""
-    asked = []
-
-    class Runs(SimpleNamespace):
-        def __call__(self, part, ways, seeds=None):
-            n = self.settings.max_new_tokens
-            asked.extend((way[1:], n) for way in ways.values())
-            return {x: FOUND.get(x, FOUND["loop"]) for x in ways}
-
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    machine = {"gpu": "Tesla T4", "torch": "2.11", "transformers": "5.15"}
-    head = {"machine": machine, "seeds": 1, "commit": "abc"}
-    runs = Runs(settings=settings, processes=2, folder="made", head=head)
-    runs.settings = dataclasses.replace(settings, precision="float16")
-    with pytest.raises(SystemExit, match="would slow each other"):
-        speed.gpu(runs)
-    runs.processes = 1
-    assert speed.gpu(runs)["stages"]["sft"] == FOUND["sft"]
-    loops = [("ours",), ("naive",), (), ("ours", "float16")]
-    stages = [((number, "made"), 5) for number in "123"]
-    assert asked == [*((way, 15) for way in loops), *stages]
-    line = f"Tesla T4, {settings.model_name} in float16: minutes 3.00, GiB at most "
-    line += "6.00, sampling's share of PPO 0.10, reward 0.75"
-    assert capsys.readouterr().out.count(line) == 2
+    A run that stopped would look quick: what it has left is not taken up.
+    """
+    threads = lambda n, *_, **__: ThreadPoolExecutor(n)  # noqa: E731
+    monkeypatch.setattr(measure, "ProcessPoolExecutor", threads)
+    few = {"train_rows": 320, "train_anyway": True, "model_name": f"{world}/model"}
+    few |= {"eval_prompts": 16, "normalise_samples": 32, "possible_samples": 2}
+    runs = measure.Runs(dataclasses.replace(settings, **few), 1, 1, tmp_path)
+    runs.head = measure.origin() | {"seeds": 1}
+    (folder := tmp_path / "42/full").mkdir(parents=True)
+    (folder / "ppo.pt").write_text("half a run")
+    found = speed.gpu(runs)
+    policy, said = found["stages"]["policy"], capsys.readouterr().out
+    phases = {phase: x for phase, (x,) in policy["phases"].items()}
+    metrics = json.loads((folder / "policy/metrics.json").read_text())
+    assert sum(phases.values()) == pytest.approx(metrics["seconds"], rel=0.2)
+    assert list(phases) == list(speed.PHASES) and min(phases.values()) > 0
+    assert policy["first_ratio_off"][0] < 1e-5 and policy["steps_left_out"] == [0]
+    share = phases["generate"] / sum(phases.values())
+    line = f" in float32: .* PPO {share:.2f}, reward {policy['after']['reward'][0]:.2f}"
+    assert len(re.findall(line, said)) == 2
+    assert "Rollouts of 64 responses of 15 tokens each" in said
