@@ -3,10 +3,9 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.conftest import ROOT, code_cells
 from utils.settings import TINY, load_settings
 from workshop import measure
 from workshop.measure import KNOWN, NOTEBOOKS, Measurement, Runs, basis
@@ -38,24 +37,6 @@ def here(monkeypatch):
     monkeypatch.setattr(measure, "ProcessPoolExecutor", pool)
 
 
-@pytest.fixture
-def known(tmp_path, monkeypatch):
-    """One measurement, on code, lessons and models that hold nothing but a 1."""
-    place = {name: TINY.folder / name for name in ("sft", "reward_model")}
-    files = [f"{room}/a.py" for room in ("utils", "practice", "more")]
-    for file in (*files, *(folder / "metrics.json" for folder in place.values())):
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text('"1"')
-    for notebook in NOTEBOOKS.values():
-        one = new_notebook(cells=[new_code_cell("1")])
-        nbformat.write(one, tmp_path / notebook)
-    found = lambda *_: [tmp_path / folder for folder in place.values()]  # noqa: E731
-    monkeypatch.setattr(measure, "find_artefacts", found)
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    monkeypatch.setitem(KNOWN, "race", Measurement(both, "race.json", "35"))
-    return tmp_path
-
-
 def test_runs_take_turns_and_each_is_made_once(tmp_path):
     BROKEN.append(("a", 1))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -81,10 +62,13 @@ def test_unequal_numbers_of_episodes_are_refused(tmp_path):
     Runs(TINY, 1, 1, tmp_path)("alone", {"PPO": (one, "PPO", 7)})
 
 
-def test_what_is_written(known):
+def test_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "basis", lambda *_: "basis")
+    monkeypatch.setitem(KNOWN, "race", Measurement(both, "race.json", "35"))
     argv = ["race", "--seeds", "2", "--set", "ppo_episodes=512"]
     measure.main(argv)
-    found = json.loads((known / "race.json").read_text())
+    found = json.loads((tmp_path / "race.json").read_text())
     assert found.pop("command") == f"python -m workshop.measure {' '.join(argv)}"
     assert found.pop("settings") == vars(load_settings("tiny", {"ppo_episodes": 512}))
     assert found["seeds"] == 2 and found["race"]["a"]["score"] == [0, 0.3333]
@@ -92,15 +76,18 @@ def test_what_is_written(known):
     assert len(CALLS) == 4
 
 
-def test_an_edit_begins_anew(known):
+def test_an_edit_begins_anew(tmp_path, monkeypatch):
     """Of a module, a lesson that is run, a model, a setting; not of another lesson."""
-    race, seen = KNOWN["race"], {basis(KNOWN["race"], TINY)}
-    for file in ("utils/a.py", "more/a.py", "runs/tiny/sft/metrics.json", "5", "8"):
-        path = known / NOTEBOOKS.get(file, file)
-        path.write_text(path.read_text().replace('"1"', '"2"'))
-        assert (basis(race, TINY) in seen) == (file == "8"), file
-        seen.add(basis(race, TINY))
-    assert basis(race, load_settings("tiny", {"kl_coef": 0.3})) not in seen
+    (tmp_path / "metrics.json").write_text("of a model")
+    monkeypatch.setattr(measure, "find_artefacts", lambda *_: [tmp_path])
+    monkeypatch.setattr(measure, "fingerprint", list)
+    parts = basis(KNOWN["race"], TINY)
+    files = ("utils/ppo.py", "practice/cells.py", "more/lora.py", "workshop/tiny.py")
+    rest = [TINY, "of a model", *((ROOT / x).read_text("utf8") for x in files)]
+    assert all(part in parts for part in rest)
+    for number, name in NOTEBOOKS.items():
+        counts = [cell.source in parts for cell in code_cells(name).values()]
+        assert all(counts) if number in "35" else not all(counts), name
 
 
 def test_one_seed_has_no_interval(capsys):
