@@ -37,14 +37,13 @@ def own(lines):
     return changed(ONE, "residuals", "return delta", f"return delta\n{lines}")
 
 
-def without(name, shift=None):
-    """ONE, solved, but for a cell: it is gone, or typed in anew so much further on."""
-    notebook = solved(ONE)
-    place = notebook.cells.index(cell := cell_of(notebook, name))
-    notebook.cells.remove(cell)
-    if shift is not None:
+def without(name, typed_anew=False):
+    """ONE, solved, but for a cell: it is gone, or typed in anew."""
+    cell = cell_of(notebook := solved(ONE), name)
+    if typed_anew:
         cell.id, cell.metadata = "own", {}
-        notebook.cells.insert(place + shift, cell)
+    else:
+        notebook.cells.remove(cell)
     return notebook
 
 
@@ -63,14 +62,10 @@ R, G, LONG = "residuals", "group-advantages", f"took longer than {TIMEOUT} secon
 # What comes back of ONE: the work, the cells that give no points for it, what is said
 # in marks.csv, and what in the feedback
 SUBMISSIONS = {
-    # Right where the rubbish behind the end is finite, as on the visible example
+    # Right where the rubbish behind the end is finite, as on the visible example; it
+    # costs nothing in `gae`, which takes the residuals
     "lucky": (changed(ONE, R, ").masked_fill(outside, 0)", ") * (~outside).double()"),
               [f"hidden-{R}"], "^text not graded$", "Tensor-likes are not close"),
-    # It costs nothing in `gae`, which takes the residuals
-    "gamma": (changed(ONE, R, "gamma * following", "following"),
-              [f"check-{R}", f"hidden-{R}"], "^text not", "discount is forgotten"),
-    "syntax": (changed(ONE, "gae", "return advantages", "return advantages)"),
-               ["check-gae", "hidden-gae"], "^text not graded$", "SyntaxError"),
     "endless": (changed(ONE, G, "return ", LOOP), [f"check-{G}", f"hidden-{G}"],
                 LONG, f"this cell {LONG}, and was stopped"),
     "exits": (own("exit()"), ..., "^not graded: the kernel ended in the cell", "exit"),
@@ -82,8 +77,7 @@ SUBMISSIONS = {
     "patched": (own(PATCH), [], "look at this one: has the line .*c.compare =", ""),
     "reads": (own(REACH), [], "look at this one: has the line .*glob", NOTHING),
     "deleted": (without("gae"), ["check-gae", "hidden-gae"], "^text not graded$", ""),
-    "renamed": (without("gae", 0), [], "^text not graded$", ""),
-    "late": (without("gae", 9), ["check-gae", "hidden-gae"], "^text not graded$", ""),
+    "renamed": (without("gae", typed_anew=True), [], "^text not graded$", ""),
     "raises": (own("raise OSError('mine')"), [], "^text not graded$", "OSError"),
     "floods": (own("print('x\\n' * 300_000)"), [], "^text not graded$", "truncated"),
     "shell": (own("!echo mine"), [], "look at this one: has the line '!echo", "mine"),
