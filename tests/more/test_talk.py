@@ -83,8 +83,7 @@ def test_each_token_adds_its_letters_and_no_half_ones(talk):
     pieces = texts([*(response := talk.encode(text)), talk.eos_id])
     assert pieces[-1] == "EOS" and "".join(pieces[:-1]) == text
     assert len(pieces) == len(response) + 1 and not any("\ufffd" in x for x in pieces)
-    # A response that breaks off in the middle of a letter hides nothing
-    assert "\ufffd" in "".join(texts(talk.encode("😀")[:-1]))
+    assert "\ufffd" in "".join(texts(talk.encode("😀")[:-1]))  # breaks off within one
 
 
 def read(html):
@@ -122,17 +121,13 @@ def test_what_was_steered_is_a_mean_over_the_places():
 def test_a_click_writes_and_a_bad_prompt_is_a_sentence(talk):
     box = writing_box(talk, "the plot")
     prompt, _, seed, button, _ = box.children
-    said = set()
-    for field, value, expected in (
-        (seed, 3, "the plot"),
-        (seed, 4, "the plot"),
-        (prompt, "<|endoftext|>", "the prompt holds &#x27;&lt;|endoftext|&gt;"),
-    ):
+    said = []
+    for field, value in ((seed, 3), (seed, 4), (prompt, "<|endoftext|>")):
         field.value = value
         button.click()
-        assert expected in box.result.data
-        said.add(box.result.data)
-    assert len(said) == 3
+        said.append(box.result.data)
+    assert "the plot" in said[0] and "the plot" in said[1] != said[0]
+    assert "the prompt holds &#x27;&lt;|endoftext|&gt;" in said[2]
 
 
 def test_a_slider_that_is_let_go_calls_again(monkeypatch):
@@ -147,32 +142,27 @@ def test_a_slider_that_is_let_go_calls_again(monkeypatch):
     for here in (False, True):
         monkeypatch.setattr(widgets, "somebody", lambda here=here: here)
         widgets.sliders(look, rate=(0.0, 1.0, 0.1), rollout=(0, 3))
-        assert calls == [(0.5, 2)] * (1 + here)
     picture, box = shown
     rate, rollout, _ = box.children
     assert picture == "a picture"
     assert not rate.continuous_update and rollout.continuous_update
-    rate.value, rollout.value = 0.7, 1
-    assert calls[2:] == [(0.7, 2), (0.7, 1)]
+    rate.value = 0.7
+    assert calls == [(0.5, 2), (0.5, 2), (0.7, 2)]
 
 
 def test_a_blind_comparison_hides_sides_and_a_reader_follows_his_judge():
     """Lesson 4's functions: balanced, in a random order, another for another seed."""
     four = import_cells(NOTEBOOKS["4"], "blind-questions", "reader")
     pairs = [(f"p{i}", f" old {i}", f" new {i}") for i in range(30)]
-    orders, places = set(), set()
+    orders = set()
     for seed in range(50):
         questions = four["blind_questions"]([("p", " x", " x"), *pairs], seed)
         sides = tuple("old" in q.left for q in questions)
         assert len(sides) == 20 and sum(sides) == 10
         orders.add(sides)
-        places.add(tuple(q.prompt for q in questions))
-    assert len(orders) == len(places) == 50
+    assert len(orders) == 50
     ask = [Question("a", "b", "bb"), Question("a", "bbb", "b"), Question("a", "b", "c")]
-
-    def longer(texts):
-        return [len(text) for text in texts]
-
+    longer = lambda texts: [*map(len, texts)]  # noqa: E731
     assert four["preferred"](ask, longer) == ["bb", "bbb", None]
     taken = four["simulated"](ask * 300, longer)
     better = sum(x in ("bb", "bbb") for x in taken)

@@ -4,13 +4,11 @@ import itertools
 
 import pytest
 import torch
-from PIL import Image
 
 from practice import exact_world
 from practice.cells import import_cells
-from tests.conftest import refused
 from utils.ppo import compute_gae, token_logprobs, token_rewards
-from utils.runs import NOTEBOOKS, ROOT
+from utils.runs import NOTEBOOKS
 from workshop.moving import CELLS
 
 BETAS = (0.25, 0.5, 1.0)
@@ -51,8 +49,6 @@ def test_scores_are_found_again_and_a_missing_eos_costs(world):
     # what stands behind an end is nothing
     ids, mask = torch.tensor([[0, 2, 0], [0, 0, 1]]), torch.tensor([[1, 1], [1, 0]])
     assert world.score(ids, None, mask)[0].tolist() == [names["b EOS"], names["EOS"]]
-    says = r"\[7, 7, 0\] is none of the 15 responses"
-    refused(says, world.score, torch.tensor([[0, 7, 7]]), None, torch.tensor([[1, 1]]))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -106,7 +102,7 @@ def learn(beta, seed, name="PPO"):
 
 
 def test_the_picture_moves_as_ppo_does():
-    """The loop's own policy at the end, and a frame for every rollout in the file."""
+    """Its last policy is the one that the loop finds."""
     lesson, changes = import_cells(NOTEBOOKS["5"], *CELLS), {"clip_range": 0.3}
     changes |= {"gae_lambda": 0.0, "ppo_lr": 1e-2}
     world, path = lesson["exact_path"](0.25, "PPO", rollouts=2, **changes)
@@ -120,11 +116,6 @@ def test_the_picture_moves_as_ppo_does():
     said = f"2 of 2,  KL {kl:.2f} nats,  {world.reached(lm, 0.25):.1%} of what"
     figure = lesson["plot_policy"](world, path, 0.25, 2)
     assert said in figure.axes[0].get_title(loc="left")
-    file = ROOT / "docs/exact-world.png"
-    with Image.open(file) as picture:  # and the last one again, where nothing moves
-        rollouts = exact_world.SETTINGS.ppo_steps
-        assert picture.n_frames == rollouts + 2 and picture.info["loop"] == 0
-    assert file.stat().st_size <= 400_000
 
 
 SLOW = [pytest.param(beta, range(10), marks=pytest.mark.slow) for beta in BETAS]
