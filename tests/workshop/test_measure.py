@@ -88,9 +88,3 @@ def test_an_edit_begins_anew(tmp_path, monkeypatch):
     for number, name in NOTEBOOKS.items():
         counts = [cell.source in parts for cell in code_cells(name).values()]
         assert all(counts) if number in "35" else not all(counts), name
-
-
-def test_one_seed_has_no_interval(capsys):
-    with pytest.raises(SystemExit):
-        measure.main(["expected", "--seeds", "1"])
-    assert "--seeds must be 2 or more, got 1" in capsys.readouterr().err

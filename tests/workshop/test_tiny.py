@@ -1,23 +1,13 @@
 """What measurements make of their runs; and short ones, for real."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from pytest import approx
 
-from utils.runs import ROOT
 from utils.settings import load_settings
 from workshop import tiny
-
-
-def test_each_estimator_raced_as_the_search_found_it_best():
-    found = json.loads((ROOT / "docs/race.json").read_text("utf8"))
-    for name, (k, rate) in found["chosen"].items():
-        mine = {way: x for way, x in found["search"].items() if way.startswith(name)}
-        best = max(mine, key=mine.get)
-        assert best == f"{name}, groups of {k}, learning rate {rate:g}"
 
 
 def test_a_point_of_three_seeds():
