@@ -90,6 +90,8 @@ def test_an_update_is_what_it_would_be_by_hand(loop, policy, scaling, far):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaling)
     sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
     optimizer = guarded(policy, sgd, settings, scaler)
+    half = change(settings, precision="float16")
+    assert guarded(policy, settings=half).scaler.is_enabled()
     optimizer.resume()
     optimizer.backward(policy.value_head.bias.sum())  # a step that was interrupted
     scaler.unscale_(sgd)

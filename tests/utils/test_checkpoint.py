@@ -25,15 +25,17 @@ CODE = ("fresh_run", "train", "ppo_advantages", "ppo_update")
 class Started:
     """What the cells `start` and `loop` of notebook 3 do, for a very small model."""
 
-    def __init__(self, settings, loop=None, reference=None, prompts=PROMPTS):
+    def __init__(
+        self, settings, loop=None, reference=None, prompts=PROMPTS, device="cpu"
+    ):
         self.loop = loop or import_cells("3-RLHF.ipynb", *LOOP)
         self.settings, self.path = settings, settings.folder / "ppo.pt"
         settings.folder.mkdir(parents=True, exist_ok=True)  # as `prepare` does
-        lm = small_lm().float()
+        lm = small_lm().float().to(device)
         self.reference = reference or freeze(copy.deepcopy(lm))
         self.run = self.loop["fresh_run"](lm, settings)
         # on a CPU too, so that there is something to lose
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5)
+        scaler = torch.amp.GradScaler(lm.device.type, 4.0, growth_interval=5)
         self.run.optimizer.scaler = scaler
         code = (*(self.loop[name] for name in CODE), score)
         given = (self.run, settings, code, (self.reference, prompts))
