@@ -9,14 +9,19 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0" * 40
 NO_REPOSITORY, NO_FILE = (404, "RepoNotFound"), (404, "EntryNotFound")
+
+
+def entry(file):
+    size = file.stat().st_size
+    return {"type": "file", "path": file.name, "size": size, "oid": COMMIT}
 
 
 @contextlib.contextmanager
@@ -28,10 +33,9 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
     `files` refuses so the files of a repository that is described: {name: status}.
     What is posted goes to the list `sent`: token, path, and a value for each line.
     """
-    counted = itertools.count()
+    counted, files = itertools.count(), dict(files)
     repositories = {f"models/{name}": folder for name, folder in models.items()}
     repositories |= {f"datasets/{name}": folder for name, folder in datasets.items()}
-    files = dict(files)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -41,7 +45,6 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
 
         def answer(self, code, body, **headers):
             if not isinstance(body, bytes):
-                headers["Content_Type"] = "application/json"
                 body = json.dumps(body).encode()
             self.send_response(code)
             for name, value in {**headers, "Content_Length": len(body)}.items():
@@ -58,44 +61,31 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
         def do_GET(self, posted=b""):
             if status := fault(next(counted)):
                 return self.refuse(status)
-            path = unquote(urlsplit(self.path).path).strip("/")
-            if path.startswith("api/"):
-                return self.describe(path.removeprefix("api/"), posted)
-            kind = "" if path.startswith("datasets/") else "models/"
-            name, _, rest = (kind + path).partition("/resolve/")
-            if name not in repositories:
-                return self.refuse(NO_REPOSITORY)
-            if status := files.get(name.partition("/")[2]):
-                return self.refuse(status)
-            file = repositories[name] / rest.partition("/")[2]
-            if not file.is_file():
-                return self.refuse(NO_FILE)
-            data = file.read_bytes()
-            tag = hashlib.sha256(data).hexdigest()
-            self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
-
-        do_HEAD = do_GET
-
-        def describe(self, path, posted):
+            path = unquote(urlsplit(self.path).path).strip("/").removeprefix("api/")
+            path = path if re.match("models|datasets", path) else f"models/{path}"
             known = (n for n in repositories if f"{path}/".startswith(f"{n}/"))
             if not (name := next(known, "")):
                 return self.refuse(NO_REPOSITORY)
-            folder, rest = repositories[name], path.removeprefix(name).strip("/")
-
-            def entry(file):
-                size = file.stat().st_size
-                return {"type": "file", "path": file.name, "size": size, "oid": COMMIT}
-
-            entries = [*map(entry, filter(Path.is_file, sorted(folder.iterdir())))]
-            if rest.startswith("tree/"):
-                below = rest.count("/") > 1
-                return self.refuse(NO_FILE) if below else self.answer(200, entries)
-            if rest.startswith("paths-info/"):
+            folder, id = repositories[name], name.split("/", 1)[1]
+            what, _, rest = path.removeprefix(name).strip("/").partition("/")
+            _, _, rest = rest.partition("/")  # after the revision
+            if what == "resolve":
+                if id in files or not (folder / rest).is_file():
+                    return self.refuse(files.get(id, NO_FILE))
+                data = (folder / rest).read_bytes()
+                tag = hashlib.sha256(data).hexdigest()
+                return self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
+            entries = [entry(x) for x in sorted(folder.iterdir()) if x.is_file()]
+            if what == "tree":
+                return self.refuse(NO_FILE) if rest else self.answer(200, entries)
+            if what == "paths-info":
                 wanted = json.loads(posted)["paths"]
                 return self.answer(200, [e for e in entries if e["path"] in wanted])
             names = [{"rfilename": entry["path"]} for entry in entries]
-            repository = {"id": name.split("/", 1)[1], "sha": COMMIT, "siblings": names}
-            self.answer(200, {**repository, "tags": [], "private": False})
+            about = {"id": id, "sha": COMMIT, "tags": [], "private": False}
+            self.answer(200, {**about, "siblings": names})
+
+        do_HEAD = do_GET
 
         def do_POST(self):
             posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -8,8 +8,8 @@ from traitlets.config.loader import PyFileConfigLoader
 from tests.conftest import ROOT, read
 from utils.runs import NOTEBOOKS
 
-KINDS = {"slide", "subslide", "fragment", "skip", "notes", "-"}
 STOP = "*Before you run it:"
+NO_WORD = r"<style>.*?</style>|\$\$.*?\$\$|\]\([^)]*\)"
 
 
 def kind(cell):
@@ -35,9 +35,6 @@ def slides(cells):
     return [slide for slide in shown if slide]
 
 
-NO_WORD = r"<style>.*?</style>|\$\$.*?\$\$|\]\([^)]*\)"
-
-
 def words(slide):
     """How many words of text stand on a slide, without formulas and links."""
     text = "\n".join(cell.source for cell in slide if cell.cell_type == "markdown")
@@ -45,33 +42,19 @@ def words(slide):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS.values())
-def test_no_slide_has_more_than_120_words(name):
+def test_a_slide_is_short_and_a_stop_is_without_its_answer(name):
     """As `jupyter nbconvert --to slides` shows them, and with docs/slides.py."""
-    for cells in (read(name).cells, large(name)):
-        assert {*map(kind, cells)} <= KINDS
-        long = [slide[0].source for slide in slides(cells) if words(slide) > 120]
-        assert not long and len(slides(cells)) > 10
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS.values())
-def test_what_nobody_needs_to_see_is_left_out(name):
     cells = read(name).cells
-    skipped = [cell for cell in cells if kind(cell) == "skip"]
+    for shown in (slides(cells), slides(large(name))):
+        assert max(map(words, shown)) <= 120 and len(shown) > 10
+        for slide in shown:
+            stop = any(STOP in cell.source for cell in slide)
+            assert not stop or all(cell.cell_type == "markdown" for cell in slide)
+    stops = [cell.id for cell in cells if STOP in cell.source]  # "pause and predict"
+    tagged = [x.id for x in cells if "predict" in x.metadata.get("tags", [])]
+    assert stops == tagged and stops
+    assert sum(STOP in slide[-1].source for slide in shown) == len(stops)
     unread = {cell.id for cell in cells if "(no need to read)" in cell.source}
+    skipped = [cell for cell in cells if kind(cell) == "skip"]
     assert {"parameters", "setup"} | unread <= {cell.id for cell in skipped}
     assert all(cell.cell_type == "code" for cell in skipped)  # every word is said
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS.values())
-def test_a_stop_is_marked_and_shown_without_its_answer(name):
-    """Those of "pause and predict"."""
-    cells = read(name).cells
-    stops = {cell.id for cell in cells if STOP in cell.source}
-    assert stops and stops == {
-        cell.id for cell in cells if "predict" in cell.metadata.get("tags", [])
-    }
-    asking = [slide for slide in slides(large(name)) if STOP in slide[-1].source]
-    assert len(asking) == len(stops)
-    for slide in [*asking, *slides(cells)]:
-        asked = [cell.id for cell in slide if STOP in cell.source]
-        assert not asked or all(cell.cell_type == "markdown" for cell in slide)
