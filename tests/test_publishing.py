@@ -60,12 +60,6 @@ def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
         assert (clone / file.relative_to(ROOT)).read_bytes() == text.encode(), file
 
 
-def test_the_changelog_begins_with_the_version():
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
-    changelog = (ROOT / "CHANGELOG.md").read_text("utf8")
-    assert re.search(r"^## (.+)$", changelog, re.M)[1] == cited["version"]
-
-
 def test_every_page_has_a_place_on_the_site():
     toc = yaml.safe_load((ROOT / "docs/site/toc.yml").read_text("utf8"))
     chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
