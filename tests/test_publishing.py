@@ -30,15 +30,14 @@ def test_a_fork_s_first_push_writes_its_name_and_nothing_else(tmp_path):
     rooms = ("", "exercises/**/", "more/", "docs/real-run/")
     files = [file for room in rooms for file in ROOT.glob(f"{room}*.ipynb")]
     files += [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / ".github/rename.sh"]
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", hub)
+    git(tmp_path, "clone", "-q", hub, clone)
     for file in files:
         (clone / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, clone / file.relative_to(ROOT))
-    git(tmp_path, "init", "-q", "--bare", "-b", "main", hub)
-    git(clone, "init", "-q", "-b", "main")
     git(clone, "add", ".")
     git(clone, "commit", "-qm", "theirs")
-    git(clone, "remote", "add", "origin", hub)
-    git(clone, "push", "-q", "--set-upstream", "origin", "main")
+    git(clone, "push", "-q")
 
     environ = {**os.environ, "GITHUB_REPOSITORY": "new-owner/its.name_2"}
     for pushes in (2, 2):  # a second push finds nothing to do

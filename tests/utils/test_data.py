@@ -11,10 +11,8 @@ from unittest.mock import Mock
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer
 
 from tests.conftest import refused
 from utils import data
@@ -59,14 +57,13 @@ STARS, OTHER, NEG_POS = [5, 1, 3, 4, 2], [1, 0, None, 1, 0], ("neg", "pos")
 WAYS = {
     "0, 1 and none": ([1, 0, 1, None], "1", "", [1, 0, 1, None]),
     "texts": (["positive", "negative", "Positive "], "positive", "", [1, 0, 1]),
-    "stars, by bounds": (STARS, ">=4", "<3", OTHER),
-    "scores": ([0.9, 0.2, 0.5, 0.51], ">0.5", "<= 0.5", [1, 0, 0, 1]),
+    "stars, by bounds": (STARS, ">3", "<= 2", OTHER),
     "numbers as text": (["1", "0", " 1", "", " "], "1", "", [1, 0, 1, None, None]),
     "1 and 2, turned on purpose": ([1, 2], "1", "2", [1, 0]),
     "a text with a comma": (["good, fun", "bad"], "good, fun", "", [1, 0]),
     "a class by name": ([1, 0, -1], "POS", "", [1, 0, None], NEG_POS),
     "classes by number": ([4, 0, 2, 3, 1], "3,4", "<2", OTHER, "abcde"),
-    "names that are numbers": ([4, 0, 2, 3, 1], "4,5", "1,2", OTHER, "12345"),
+    "names that are numbers": ([4, 0, 2, 3, 1], ">=4", "1,2", OTHER, "12345"),
 }
 
 
@@ -145,7 +142,6 @@ def table(separator):
 
 CSV = table(",")
 FILES = {
-    "plain.csv": CSV,
     "a name [with] *signs*, #1%20.csv": CSV,
     "windows.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(),
     "semicolons.csv": table(";"),
@@ -194,7 +190,6 @@ NO_FILES = {  # what is in a file, and what is said; without it there is no such
     "sheet.xlsx": (b"PK", r"\.csv.*\.jsonl.*\.parquet"),
     "latin.csv": (CSV.encode() + b"caf\xe9,1\n", f"UnicodeDecodeError: 'utf-8'{ANEW}"),
     "ragged.csv": (RAGGED, f"Error tokenizing .*line 503, saw 3{ANEW}"),
-    "torn.jsonl": (b'{"sentence": "a"}\n{"sent', f"(Trailing data|JSON).*{ANEW}"),
     "empty": (lambda path: path.mkdir(), f"contain any data files{ANEW}"),
 }
 
@@ -214,31 +209,24 @@ def tokenizer(world):
     return data.load_tokenizer(str(world / "model"))
 
 
-OTHERS = {  # what is said; of the error of another, and whether a file is loaded
-    "PermissionError: .*; ask its owner for": (PermissionError(13, "Denied"), True),
-    "OSError: .*No space.*; make room": (OSError(28, "No space left"), True),
-    "OSError: .*Read-only.*; .*HF_HOME": (OSError(30, "Read-only file system"), True),
-    "NotFoundError: .*; install it": (ModuleNotFoundError("No module 'x'"), False),
-    "KeyError: .*; update the library": (KeyError("a new kind"), False),
-    "; correct HF_TOKEN$": (UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"), False),
-    "disabled.*; unset HF_HUB_OFFLINE": (
-        OSError("outgoing traffic is disabled"),
-        False,
-    ),
+OTHERS = {  # what is said, of the error of another
+    "PermissionError: .*; ask its owner for": PermissionError(13, "Denied"),
+    "OSError: .*No space.*; make room": OSError(28, "No space left"),
+    "OSError: .*Read-only.*; .*HF_HOME": OSError(30, "Read-only file system"),
+    "NotFoundError: .*; install it": ModuleNotFoundError("No module 'x'"),
+    "KeyError: .*; update the library": KeyError("a new kind"),
+    "; correct HF_TOKEN$": UnicodeEncodeError("ascii", "hf_…", 3, 4, "no"),
+    "disabled.*; unset HF_HUB_OFFLINE": OSError("outgoing traffic is disabled"),
 }
 
 
 @pytest.mark.parametrize("says", OTHERS)
-def test_what_another_did_is_no_fault_of_what_is_loaded(tmp_path, monkeypatch, says):
-    """Of an error and its first cause the latter counts, and its remedy."""
-    error, here = OTHERS[says]
-    name, known = (tmp_path, error) if here else ("me/model", None)
-
+def test_what_another_did_is_no_fault_of_what_is_loaded(monkeypatch, says):
     def load():
-        with data.loading("model", name):
-            raise RuntimeError("damaged, or not in the cache") from known
+        with data.loading("model", "me/model"):
+            raise RuntimeError("damaged, or not in the cache")
 
-    monkeypatch.setattr(data, "repo_info", Mock(side_effect=error))
+    monkeypatch.setattr(data, "repo_info", Mock(side_effect=OTHERS[says]))
     refused(rf"^cannot load the model '.*' \(.*{says}", load)
 
 
@@ -292,20 +280,13 @@ def test_prompts_are_beginnings_of_long_sentences_only(adding, tokenizer):
     refused(says, data.make_prompts, ["never dull"], tokenizer, TINY, seed=0)
 
 
-def test_no_prompt_ends_within_a_letter():
+def test_no_prompt_ends_within_a_letter(tokenizer):
     """Tokens that are bytes, as GPT-2's are where a letter is rare: 好 is three."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate([*alphabet, "EOS"])}
-    backend = Tokenizer(BPE(words, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="EOS")
-    texts = [f"{letter} a b c d e f g h" for letter in ("好" * 9, "é" * 9, "ab" * 5)]
-    found = set()
+    texts, found = [f"{letter * 9} a b c d e f g h" for letter in "好éb"], set()
     for seed in range(40):
         prompts = data.make_prompts(texts, tokenizer, TINY, seed)
         found |= set(map(tokenizer.decode, prompts))
-    assert {"好", "好好", "é", "ééé"} <= found and {"ab", "aba", "ababa"} <= found
+    assert {"好", "好好", "é", "ééé", "bb", "bbb"} <= found
     assert not any("\ufffd" in text for text in found) and "" not in found
 
 

@@ -185,7 +185,6 @@ BAD = [
     (ppo.token_rewards, (torch.zeros(3), X, X, X, 0.1), r"scores \(3,\).*\(2,\)"),
     (ppo.token_logprobs, (X, torch.cat([LABELS, LABELS])), r"\(2,\).*\(4,\)"),
     (ppo.token_logprobs, (X, LABELS, 0), "temperature.*0"),
-    (ppo.AdaptiveKL, (0, 6.0, 100), "kl_coef must be positive, got 0"),
 ]
 
 

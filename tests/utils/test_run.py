@@ -53,7 +53,6 @@ CELLS = [
     (FIRST, "--set positive_label=4,5", "tiny", {"positive_label": "4,5"}),
     # What the cell says stays where the command says nothing, however it says it
     ('PRESET = "full"\nCHANGES = {"seed": 7}', "", "full", {"seed": 7}),
-    ('PRESET = ""\nCHANGES = {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
     (FIRST + '\nCHANGES |= {"seed": 7}', "--set seed=8", "tiny", {"seed": 8}),
 ]
 
