@@ -23,8 +23,8 @@ def t(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def small_lm(vocabulary=10, seed=0):
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
+def small_lm(vocabulary=10, seed=0, n_positions=32):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": n_positions}
     ids = {"vocab_size": vocabulary, "bos_token_id": EOS, "eos_token_id": EOS}
     model = GPT2LMHeadModel(GPT2Config(**ids, **sizes))
     torch.manual_seed(10 + seed)  # here: what is drawn above is the library's affair
