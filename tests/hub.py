@@ -112,9 +112,9 @@ def serve(models, datasets, fault=lambda n: None, files=(), sent=None):
 
 
 @contextlib.contextmanager
-def silent(scheme="http"):
+def silent():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"{scheme}://127.0.0.1:{server.getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def nobody():

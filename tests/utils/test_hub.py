@@ -1,6 +1,5 @@
 """The real loading code, `gpt2` and `stanfordnlp/sst2`, against a hub on loopback."""
 
-import contextlib
 import json
 import re
 import threading
@@ -26,7 +25,6 @@ def refuses(status):
 
 # A hub, or the proxy before it; the words of the cause; those of the remedy
 NOT_THERE, ONLINE = "RepoNotFound", "connect|later"
-SOCKS = contextlib.nullcontext("socks5://127.0.0.1")
 SICK = {"me/model": ROOT / "utils"}  # described, but it cannot be read
 CAUSES = {
     "missing": (refuses((404, NOT_THERE)), "404", "correct the name$"),
@@ -36,9 +34,7 @@ CAUSES = {
     "asked too often": (refuses(429), "429 Too Many Requests", ONLINE),
     "silent": (silent, "timed out", ONLINE),
     "nobody there": (nobody, "Connection refused", ONLINE),
-    "of a strange certificate": (lambda: silent("https"), "self-signed", "SSL_CERT"),
     "a proxy with a password": (refuses(407), "407 Proxy", "HTTPS_PROXY"),
-    "a SOCKS proxy": (lambda: SOCKS, "socksio", "do that, or unset ALL_PROXY"),
     "damaged": (lambda: hub.serve(SICK, {}), "JSONDecodeError: Expecting", "delete"),
 }
 

@@ -11,7 +11,6 @@ from utils.runs import NOTEBOOKS
 BAD = {
     "--only 1,5x": "--only takes all, or some of 1,2,3,4,5,6,7,8,9, not {'5x'}",
     "--set ppo_epoch=1": "the nearest is 'ppo_epochs'",
-    "--preset small": "invalid choice: 'small'",
 }
 
 
