@@ -86,7 +86,7 @@ def train_together(settings):
     given = three.reference, three.score, three.prompts_of, three.eos_id, settings
     collect = partial(collect_together, three.collect_rollout)
     gradients = partial(gradients_together, three.gradients)
-    how = three.ppo_advantages, partial(three.ppo_update, gradients=gradients)
+    how = three.ppo_advantages, partial(three.ppo_update, backward=gradients)
     code = three.fresh_run, three.prompts_of, three.score, three.train, *how, collect
     inputs = three.reference, three.reward_model, three.train_prompts
     checkpoint = runs.Checkpoint(run := three.run, settings, code, inputs)

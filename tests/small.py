@@ -72,7 +72,7 @@ def update(loop, policy, rollout, settings=SETTINGS, optimizer=None, loss=None):
     optimizer = optimizer or guarded(policy, settings=settings)
     models, generator = (policy, optimizer), torch.Generator().manual_seed(0)
     how = partial(loop["gradients"], loss=loss or loop["ppo_loss"])
-    return loop["ppo_update"](*models, rollout, settings, generator, gradients=how)
+    return loop["ppo_update"](*models, rollout, settings, generator, backward=how)
 
 
 def go(loop, run, models, settings, *pause):

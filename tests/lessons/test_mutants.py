@@ -46,8 +46,8 @@ MISTAKES = {
         "ppo-update", "split(settings.ppo_minibatch_size, order)",
         "split(settings.ppo_minibatch_size)", UPDATE),
     "dropout during the update": (
-        "ppo-update", "figures = gradients(policy, ",
-        "figures = gradients(policy.train(), ", UPDATE),
+        "ppo-update", "figures = backward(policy, ",
+        "figures = backward(policy.train(), ", UPDATE),
     "held-out prompts reshuffled": ("evaluate", "    models, size", SHUFFLE, FIGURE),
     "scaled gradients are clipped": (None, "", "", UPDATE),  # not in a cell: see below
 }  # fmt: skip

@@ -61,7 +61,7 @@ def whole_run(loop, work) -> dict:
 
     given = freeze(make_policy().lm.float()), score, lambda step: MIXED, END, SETTINGS
     together = partial(processes.collect_together, drawn)
-    update = partial(loop["ppo_update"], gradients=work)
+    update = partial(loop["ppo_update"], backward=work)
     loop["train"](run, *given, advantages, update, collect=together)
     state = run.policy.state_dict() | {"generator": run.generator.get_state()}
     return {"history": run.history, "rollouts": seen, "state": state}

@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_ends_no_training(settings, whole):
 
 FORMULAS = "token_rewards compute_gae masked_whiten policy_loss value_loss kl_estimate "
 FORMULAS += "explained_variance sample_responses evaluate_responses response_logprobs "
-FORMULAS += "has_ended collect_rollout summarise next_kl_coef"
+FORMULAS += "has_ended collect_rollout summarise next_kl_coef ppo_loss gradients"
 
 
 def test_what_the_loop_calls_counts_when_it_is_written_anew():
@@ -203,23 +203,36 @@ def test_what_the_loop_calls_counts_when_it_is_written_anew():
     assert [name for name in hashes if hashes[name] == hashes[""]] == [""]
 
 
+ANEW = "def {}(*given, **named):\n    raise KeyError('anew')\n"
+
+
+@pytest.mark.parametrize("name", ["ppo_loss", "gradients", "collect_rollout", *CODE])
+def test_a_function_that_is_written_anew_is_the_one_that_runs(settings, name):
+    loop = cell(ANEW.format(name), import_cells("3-RLHF.ipynb", *LOOP))
+    with pytest.raises(KeyError, match="anew"):
+        Started(settings, loop).go()
+
+
 BASE = """
+import torch
 from dataclasses import dataclass, field
 from functools import partial
 @dataclass
 class Kept:
     rows: list = field(default_factory=lambda: [])
 RATE, NAMES, TABLE = 0.5, ["a"], {"b": 1}
+WORDS, WEIGHTS = {"bad", "dull"}, torch.ones(2)
 def helper(x):
     return x * RATE
 def loss(x):
-    return helper(x) + len(NAMES) + TABLE["b"]
+    return helper(x) + len(NAMES) + TABLE["b"] + len(WORDS) * WEIGHTS.sum()
 def update(x, loss=loss):
     return loss(x), Kept()
 """
 EDITS = ["RATE = 0.25", "NAMES = ['c']", "TABLE = {'b': 2}", "def helper(x): return x"]
 EDITS += ["helper = lambda x: x", "def update(x, loss=helper): return loss(x)"]
-EDITS += ["update = partial(update, loss=helper)"]
+EDITS += ["update = partial(update, loss=helper)", "WORDS = {'bad', 'worse'}"]
+EDITS += ["WEIGHTS = torch.zeros(2)"]
 FILES = ["3.ipynb#", "/tmp/ipykernel_7/", "<ipython-input-3-"]
 
 
