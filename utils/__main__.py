@@ -67,7 +67,7 @@ def with_parameters(file: Path, preset: str | None, changes: dict) -> tuple:
     notebook, parameters = nbformat.read(file, as_version=4), {}
     cell = next(cell for cell in notebook.cells if cell.id == "parameters")
     exec(cell.source, parameters)
-    preset = preset or parameters["PRESET"] or "tiny"
+    preset = preset or parameters["PRESET"] or os.environ.get("RLHF_PRESET") or "tiny"
     changes = parameters["CHANGES"] | changes
     cell.source += f"\nPRESET, CHANGES = {preset!r}, {changes!r}"
     return notebook, load_settings(preset, changes)
@@ -76,7 +76,7 @@ def with_parameters(file: Path, preset: str | None, changes: dict) -> tuple:
 def parse(argv=None) -> tuple[dict, bool]:
     """The notebooks that the command line asks for, checked before anything starts."""
     parser = argparse.ArgumentParser(prog="python -m utils")
-    parser.add_argument("--preset", choices=PRESETS, help="without one: tiny")
+    parser.add_argument("--preset", choices=PRESETS, help="else RLHF_PRESET, or tiny")
     known = ",".join(NOTEBOOKS)
     parser.add_argument("--only", default="1,2,3", help=f"all, or some of {known}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from practice import own_data
 
-REMEDIES = {  # by words in the classes of an error and its causes, or in the first's
+# By words in the class names of an error and of its causes, or in what the first said
+REMEDIES = {
     r"PermissionError|Read-only": (
         "ask its owner for the permission, or set HF_HOME to a place of yours"
     ),
@@ -33,7 +34,6 @@ OF_THE_HUB = {
     r"certificate|CERTIFICATE": (
         "correct the clock, or name your company's certificate in SSL_CERT_FILE"
     ),
-    r"socksio": "do that, or unset ALL_PROXY",
     r"ImportError|ModuleNotFound": "install it",
     r"'407|[Pp]roxy": "correct HTTPS_PROXY",
     r"[Oo]ffline|outgoing": "unset HF_HUB_OFFLINE",
@@ -68,7 +68,7 @@ def loading(what: str, name):
     """
     name, refused, offline = str(name), None, constants.HF_HUB_OFFLINE
     here = os.path.exists(name)
-    is_path = name[0] in "/.~" or name.count("/") > 1
+    is_path = name.startswith(("/", ".")) or name.count("/") > 1
     is_path |= not own_data.FORMATS.keys().isdisjoint(Path(name).suffixes)
     try:
         if is_path and not here:
@@ -78,7 +78,7 @@ def loading(what: str, name):
                 kind = "dataset" if what == "data set" else "model"
                 repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             except Exception as error:
-                refused = error  # by a hub that answers, or there is none
+                refused = error  # the hub refuses it, or cannot be reached
                 constants.HF_HUB_OFFLINE = "HTTPStatus" not in innermost(error)
         yield
     except Exception as error:
@@ -114,8 +114,7 @@ def load_reviews(settings) -> datasets.DatasetDict:
     loaded, and ValueError, naming the setting, if it is not what the settings say: see
     `practice/own_data.py`.
     """
-    name = os.path.expanduser(settings.dataset_name)
-    with loading("data set", name):
+    with loading("data set", name := settings.dataset_name):
         found = own_data.read_splits(name, settings.dataset_config)
     return own_data.as_reviews(found, settings)
 
@@ -186,8 +185,8 @@ def batch_indices(lengths: list[int], batch_size: int, seed: int) -> list[list[i
     """Shuffled batches of indices, in which rows of like length stand together.
 
     The rows are shuffled, sorted by length within blocks of 50 batches, cut into
-    batches, and the batches shuffled: little padding, and still a random order. The
-    last batch may be smaller.
+    batches, and the batches shuffled: little padding, and still a random order. One
+    batch of them may be smaller.
     """
     rng, block = random.Random(seed), 50 * batch_size
     order, batches = list(range(len(lengths))), []
@@ -205,8 +204,8 @@ def make_prompts(
     """The first few tokens of each long enough sentence, shuffled.
 
     A prompt has two to `prompt_max_tokens` tokens, fewer where the last would cut a
-    letter, and before them what the tokenizer puts in front of every text. It is taken
-    from sentences of at least two words more than that which do not stand in `exclude`.
+    letter, and before them what the tokenizer puts in front of every text. A sentence
+    is taken if it has at least `prompt_max_tokens` + 2 words and is not in `exclude`.
     Raises ValueError if none is left.
     """
     rng, longest = random.Random(seed), settings.prompt_max_tokens

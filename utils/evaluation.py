@@ -123,7 +123,7 @@ def measure_rollouts(
 def best_possible(
     scores: Tensor, log_ratios: Tensor, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """What the best policy of all reaches with each prompt, and how it would choose.
+    """What the best policy of all reaches with each prompt, and how it would weigh.
 
     No policy has a higher J = E[R] - beta KL than pi* = pi_ref e^(R / beta) / Z, and
     its J* is beta log Z, with Z = E_ref[e^(R / beta)]. Half of the K responses to each
@@ -140,7 +140,7 @@ def best_possible(
     called deterministic). Raises ValueError if the shapes disagree.
     """
     check_shapes(scores=scores, log_ratios=log_ratios)
-    # log 2 / (1 + pi / pi_ref) is the factor before e^(R / beta)
+    # The factor before e^(R / beta) is 2 / (1 + pi / pi_ref); here its logarithm
     logs = scores / kl_coef + math.log(2) - F.softplus(log_ratios)
     best = kl_coef * (logs.logsumexp(dim=1) - math.log(logs.shape[1]))
     return best, logs.softmax(dim=1)
@@ -149,8 +149,8 @@ def best_possible(
 def expected(settings) -> dict[str, list[float]]:
     """Mean and standard deviation of each figure after training, over ten seeds.
 
-    They hold for the tiny preset on a CPU; `python -m workshop.measure expected` has
-    measured them. With other settings, or where there is a GPU, nothing is known.
+    They hold for the tiny preset on a CPU; `python -m workshop.measure expected` finds
+    them anew. With other settings, or where there is a GPU, nothing is known.
     """
     other = settings.changes.keys() - {"seed", "runs_dir", "train_anyway"}
     if other or settings.preset != "tiny" or torch.cuda.is_available():

@@ -178,9 +178,10 @@ def label_logprobs(lm, hidden, labels, temperature=1.0) -> Tensor:
 
 
 class RewardHead(nn.Linear):
-    """One number from a hidden state: weights N(0, 1/sqrt(d + 1)), bias 0.
+    """One number from a hidden state: (..., d) -> (...).
 
-    (..., d) -> (...). The initialisation is `lm-human-preferences`'.
+    The weights begin normal with a deviation of 1/sqrt(d + 1), and the bias at 0, as in
+    `lm-human-preferences`.
     """
 
     def __init__(self, hidden_size: int):

@@ -69,8 +69,8 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     """x (B, T) shifted and scaled to mean 0 and variance 1 over the mask -> (B, T).
 
-    The mean is removed and not added back. 0 outside the mask. Huang et al. 2022, "The
-    37 Implementation Details of Proximal Policy Optimization", core detail 7.
+    0 outside the mask. Huang et al. 2022, "The 37 Implementation Details of Proximal
+    Policy Optimization", core detail 7 (there over each minibatch).
     """
     mean, var = masked_mean(x, mask), masked_var(x, mask)
     return _inside((_inside(x, mask) - mean) * torch.rsqrt(var + 1e-8), mask)
@@ -243,8 +243,9 @@ class AdaptiveKL:
 
     beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon), where KL is
     the mean over responses of the summed k1 (nats), n the episodes since the last
-    update and the horizon is in episodes. Ziegler et al. 2019, section 2.2. Raises
-    ValueError unless kl_coef, target and horizon are positive.
+    update and the horizon is in episodes. Ziegler et al. 2019, section 2.2, with n /
+    horizon for their K, as in their code. Raises ValueError unless kl_coef, target and
+    horizon are positive.
     """
 
     def __init__(self, kl_coef: float, target: float, horizon: float):

@@ -19,7 +19,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 def sample_responses(
     lm, prompt_ids, prompt_mask, eos_id, max_new_tokens, temperature=1.0, generator=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Continue left-padded prompts (B, P) until each response ends.
+    """Continue left-padded prompts (B, P) until each response ends or is full.
 
     Returns input_ids and attention_mask (B, P + T), and the response mask (B, T), 1
     up to and including EOS, where T is the longest response. Nothing is cut from the
@@ -61,7 +61,7 @@ def draw(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     places = torch.rand((len(probs), 1), generator=generator, dtype=kind, device=device)
     ends = probs.cumsum(dim=-1, dtype=torch.float64)
     places = places.to(ends.device).double() * ends[:, -1:]
-    # A row of NaN gives V, one behind the last word: the next look at scores names it
+    # A row of NaN gives V, one behind the last word; a rollout's check reports the NaN
     found = torch.searchsorted(ends, places, right=True).clamp(max=probs.shape[1] - 1)
     return found.squeeze(1).to(device)
 
@@ -74,8 +74,8 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 def response_hidden_states(lm, input_ids, attention_mask, mask) -> Tensor:
     """The hidden states (B, T, d) from which each response token was predicted.
 
-    The response stands at c ... c + T - 1 of the text, so its logits, and the value
-    before each token is chosen, are read one place earlier: at c - 1 ... c + T - 2.
+    The response begins at place c of the text and ends at c + T - 1. Its logits, and
+    the value before each token, are read one place earlier: at c - 1 ... c + T - 2.
     """
     start = input_ids.shape[1] - mask.shape[1]
     return hidden_states(lm.base_model, input_ids, attention_mask)[:, start - 1 : -1]
@@ -107,7 +107,7 @@ def evaluate_responses(
     """Log-probabilities and values (B, T) of the response tokens under a policy.
 
     The one forward function of PPO: the old log-probabilities and the new ones both
-    come from it, so that their ratio is 1 until the first optimiser step.
+    come from it, so that their ratio is 1, but for rounding, until the first step.
     """
     hidden = response_hidden_states(policy.lm, input_ids, attention_mask, mask)
     logprobs = logprobs_from_hidden(policy.lm, hidden, input_ids, mask, temperature)

@@ -68,7 +68,7 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
         changes["runs_dir"] = "/content/drive/MyDrive/rlhf/runs"
     preset = preset or os.environ.get("RLHF_PRESET") or ("full" if gpu else "tiny")
     settings = load_settings(preset, changes)
-    if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+    if tiny_world.world_of(settings.model_name) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on a model this small, more only wait for each other
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,9 @@ def prepare(artefact: str, preset: str = "", changes=(), use_drive: bool = False
 def say_errors_in_a_sentence(artefact: str):
     """Let errors that are meant for people end a cell in one line.
 
-    Those are the errors that `utils` raises, but for its formulas; an interrupt; and a
-    full GPU, where what the failed cell held is freed. Others keep their traceback.
+    Those are the errors that this project raises, but for its formulas; an interrupt;
+    and a full GPU, where what the failed cell held is freed. Others keep their
+    traceback.
     """
 
     def show(shell, kind, error, trace, tb_offset=None):
@@ -145,6 +146,15 @@ def show_source(*things) -> Markdown:
     return Markdown("```python\n" + "\n\n".join(sources) + "```")
 
 
+def ingredients(settings, artefact: str) -> str:
+    """A hash of the files that an artefact is made of: one's own data, other models."""
+    files = [Path(settings.dataset_name)]
+    for name in STAGES[:2] if artefact == "policy" else ():
+        files += sorted((settings.folder / name).glob("*.safetensors"))
+    contents = [path.read_bytes() for path in files if path.is_file()]
+    return fingerprint([hashlib.sha256(x).hexdigest() for x in contents])
+
+
 def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     """Write a model, its tokenizer, what was measured on it and the settings.
 
@@ -157,7 +167,8 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        for file, content in (("metrics", metrics), ("settings", asdict(settings))):
+        made_with = asdict(settings) | {"ingredients": ingredients(settings, name)}
+        for file, content in (("metrics", metrics), ("settings", made_with)):
             text = json.dumps(content, indent=2) + "\n"
             (unfinished / f"{file}.json").write_text(text)
     except Exception as error:
@@ -177,8 +188,9 @@ def save_artefact(settings, name: str, model, tokenizer, metrics: dict) -> Path:
 def find_artefacts(settings, *names: str) -> list[str]:
     """The folders of artefacts that other notebooks made with these settings.
 
-    Raises FileNotFoundError, with both ways out, if one is not there; ValueError if
-    one was made with other settings, which are named; OSError if it cannot be read.
+    Raises FileNotFoundError, with both ways out, if one is not there; ValueError if one
+    was made with other settings, which are named, or of other data or models; OSError
+    if it cannot be read.
     """
     folders = [settings.folder / name for name in names]
     for name, folder in zip(names, folders, strict=True):
@@ -202,6 +214,12 @@ def find_artefacts(settings, *names: str) -> list[str]:
             raise ValueError(
                 f"{folder} was made with {other}; run notebook {number} again, or add "
                 "these settings to CHANGES in the first cell"
+            )
+        now = ingredients(settings, name)
+        if made_with.get("ingredients", now) != now:
+            raise ValueError(
+                f"{folder} was made from other data, or from models that were made "
+                f"anew since; run notebook {number} again"
             )
     return [str(folder) for folder in folders]
 
@@ -235,6 +253,10 @@ def code_hash(*functions) -> str:
     queue = [(name, getattr(f, "__globals__", {}).get(name, f)) for name, f in queue]
     while queue:
         name, thing = queue.pop()
+        if isinstance(thing, set | frozenset):
+            thing = sorted(map(repr, thing))  # in which order they come is chance
+        if isinstance(thing, torch.Tensor):
+            thing = thing.tolist()
         if isinstance(thing, bool | int | float | str | tuple | list | dict):
             sources.add(f"{name} = {thing!r}")
         elif isinstance(thing, functools.partial):

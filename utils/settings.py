@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,11 @@ class Settings:
     # 1. Supervised fine-tuning
     sft_min_tokens: int = 8  # shorter phrases are dropped, EOS included [tokens]
     sft_epochs: int = 1  # [passes over the training split]
-    sft_lr: float = 1e-4  # peak learning rate: it rises over a twentieth of the steps
+    sft_lr: float = 1e-4  # learning rate, reached after a twentieth of the steps
 
     # 2. Reward model
     rm_epochs: int = 1  # [passes over the training split]
-    rm_lr: float = 5e-5  # peak learning rate, falling linearly to 0
+    rm_lr: float = 5e-5  # learning rate at the start, falling linearly to 0
 
     # 3. PPO
     prompt_max_tokens: int = 7  # prompts have two to so many [tokens]
@@ -47,8 +48,8 @@ class Settings:
     ppo_epochs: int = 2  # [passes over the rollout], in steps of
     ppo_minibatch_size: int = 64  # [responses], worked out in pieces of
     ppo_micro_batch_size: int = 64  # [responses at once]
-    ppo_lr: float = 6e-5  # peak learning rate, falling linearly to 0
-    ppo_warmup: int = 4  # rollouts in which the rate rises: Adam's first steps are long
+    ppo_lr: float = 6e-5  # learning rate, falling linearly to 0
+    ppo_warmup: int = 4  # [rollouts] before it has risen: Adam's first steps are long
     value_head_lr: float = 1e-3  # of the value head, which starts from zeros
     kl_coef: float = 0.1  # beta [normalised score per nat of KL]
     kl_target: float = 0.0  # what an adaptive beta steers the KL to [nats]; 0: none
@@ -60,9 +61,9 @@ class Settings:
     missing_eos_score: float = -2.0  # of a response that never ends [normalised score]
     normalise_samples: int = 512  # SFT responses that fix the scale of the scores
     eval_prompts: int = 256  # held-out prompts, before and after [responses]
-    possible_samples: int = 32  # of SFT model and policy each, for the best possible
+    possible_samples: int = 32  # for J* [responses of each model to each prompt]
 
-    # How it runs; none of these changes what comes out
+    # How it runs; no artefact depends on it
     runs_dir: str = "runs"  # models and checkpoints: <runs_dir>/<preset>/ [folder]
     device: str = "auto"  # auto (cuda or cpu), cpu, cuda or mps
     train_anyway: bool = False  # PPO starts although it would not learn
@@ -91,15 +92,16 @@ class Settings:
     def that_change(self, artefact: str) -> dict:
         """The settings on which `sft`, `reward_model` or `policy` depends, by name.
 
-        The fields stand in blocks: everybody's, SFT's, the reward model's, PPO's.
+        The fields stand in blocks: everybody's, SFT's, the reward model's, PPO's. A
+        policy depends on all of them, since it learns from both other models.
         """
-        # Weights are float32 in any precision (Checkpoint compares that itself), and a
-        # smaller micro-batch, as a full GPU wants it, gives the same gradient
+        # Weights are float32 in any precision (Checkpoint compares the precision), and
+        # a smaller micro-batch, as a full GPU wants it, gives the same gradient
         apart = ("precision", "ppo_micro_batch_size")
         names = [name for name in vars(self) if name not in apart]
         ends = ("sft_min_tokens", "rm_epochs", "prompt_max_tokens", "runs_dir")
         sft, reward_model, policy, end = map(names.index, ends)
-        own = {"sft": slice(sft, reward_model), "policy": slice(policy, end)}
+        own = {"sft": slice(sft, reward_model), "policy": slice(sft, end)}
         own["reward_model"] = slice(reward_model, policy)
         found = {
             name: getattr(self, name) for name in names[:sft] + names[own[artefact]]
@@ -138,6 +140,8 @@ def _converted(name: str, kind: type, value):
     fits[int] = number and value == int(value)
     if not fits[kind]:
         raise ValueError(f"{name} must be {KINDS.get(kind, 'a text')}, got {value!r}")
+    if kind is str:  # a folder may be given as ~/mine
+        value = os.path.expanduser(str(value))
     value, most = kind(value), 1 if name == "gae_lambda" else math.inf
     if value not in (choices := CHOICES.get(name, (value,))):
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -1,9 +1,11 @@
-"""What every training loop does, and no lesson explains: device, precision, a step."""
+"""What stands around every training loop: device, precision, and a guarded step."""
 
 import contextlib
 
 import torch
 from torch import nn
+
+from utils import check_code_is_current
 
 
 def get_device(settings) -> torch.device:
@@ -44,10 +46,11 @@ class GuardedOptimizer:
 
     It scales the loss where the trunk computes in float16, whose small gradients would
     be rounded to 0; bounds the norm of the gradients by 1; and checks that no loss and
-    no gradient is NaN or infinite.
+    no gradient is NaN or infinite. RuntimeError if a file of `utils` was edited since.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings):
+        check_code_is_current()
         self.model, self.optimizer = model, optimizer
         self.device = next(model.parameters()).device
         scaled = trunk_dtype(settings, self.device) == torch.float16
@@ -68,7 +71,7 @@ class GuardedOptimizer:
         self.scaler.scale(loss).backward()
 
     def step(self, **figures: torch.Tensor) -> bool:
-        """One step along the gradients, whose norm is clipped at 1; was it taken?
+        """One step against the gradient, whose norm is clipped at 1; was it taken?
 
         `figures` are the losses and statistics of this step, by name. With loss scaling
         a gradient may overflow: the scaler then leaves this step out and lowers its

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.conftest import refused
 from tests.small import small_lm, small_tokenizer
 from utils.__main__ import parse
 from utils.data import load_tokenizer
@@ -44,6 +45,7 @@ def test_a_saved_model_loads_with_plain_transformers(saved, umask):
     torch.testing.assert_close(reloaded.state_dict(), lm.state_dict(), atol=0, rtol=0)
     assert load_tokenizer(str(folder)).get_vocab() == small_tokenizer().get_vocab()
     read = {p.stem: json.loads(p.read_text()) for p in folder.glob("*s.json")}
+    assert read["settings"].pop("ingredients")
     assert read == {"metrics": METRICS, "settings": dataclasses.asdict(saved)}
     assert {p.name for p in saved.folder.iterdir()} == set(NAMES)
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o666 & ~umask}
@@ -88,10 +90,27 @@ def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, says):
     folders = [str(saved.folder / name) for name in NAMES]
     file = saved.folder / "sft/settings.json"  # with a setting that has gone since
     file.write_text(json.dumps(json.loads(file.read_text()) | {"log_to": ""}))
-    refused = pytest.raises(ValueError, match=says)
-    with refused if says else contextlib.nullcontext():
+    stops = pytest.raises(ValueError, match=says)
+    with stops if says else contextlib.nullcontext():
         assert find_artefacts(settings, *NAMES) == folders
     assert all(map(os.path.exists, folders))  # another one's are not broken ones
+
+
+def test_an_artefact_of_other_data_or_models_is_not_taken_up(saved, tmp_path):
+    """With the very same settings: a file of one's own was edited, a model trained."""
+    own = tmp_path / "own.csv"
+    own.write_text("sentence,label\n")
+    settings = dataclasses.replace(saved, dataset_name=str(own))
+    given = small_lm(), small_tokenizer(), METRICS
+    for name in (*NAMES, "policy"):
+        save_artefact(settings, name, *given)
+    assert find_artefacts(settings, *NAMES, "policy")
+    save_artefact(settings, "sft", small_lm(seed=1), *given[1:])
+    assert find_artefacts(settings, *NAMES)
+    says = "policy was made from other data, or .* anew since; run notebook 3"
+    refused(says, find_artefacts, settings, "policy")
+    own.write_text("sentence,label\nfine,1\n")
+    refused("sft was made from other data", find_artefacts, settings, "sft")
 
 
 STEPS = [(PreTrainedTokenizerFast, "save_pretrained"), (Path, "rename")]

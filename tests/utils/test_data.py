@@ -214,7 +214,6 @@ OTHERS = {  # what is said, of the error of another
     "PermissionError: .*; ask its owner for": PermissionError(13, "Denied"),
     "OSError: .*No space.*; make room": OSError(28, "No space left"),
     "OSError: .*Read-only.*; .*HF_HOME": OSError(30, "Read-only file system"),
-    "socksio.*; do that, or unset ALL_PROXY": ImportError("no package 'socksio'"),
     "self-signed.*SSL_CERT_FILE": SSLCertVerificationError(
         1, "certificate: self-signed"
     ),

@@ -57,13 +57,19 @@ CELLS = [
 
 
 @pytest.mark.parametrize("first, asked, preset, changes", CELLS)
-def test_the_first_cell_says_what_is_asked(project, first, asked, preset, changes):
+def test_the_first_cell_says_what_is_asked(
+    project, monkeypatch, first, asked, preset, changes
+):
+    """And where neither it nor the command has a preset, the environment's is taken."""
     project(first=first)
     made, _ = command.parse(["--only", "1", *asked.split()])
     ((notebook, settings),) = made.values()
     exec(notebook.cells[0].source, executed := {})
     assert (executed["PRESET"], executed["CHANGES"]) == (preset, changes)
     assert (settings.preset, settings.changes) == (preset, changes)
+    monkeypatch.setenv("RLHF_PRESET", "full")
+    ((_, settings),) = command.parse(["--only", "1", *asked.split()])[0].values()
+    assert settings.preset == "full"
 
 
 SAVE_METRICS = """

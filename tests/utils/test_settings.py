@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ PLAIN = [("seed", 7.0, 7), ("ppo_episodes", 1.024e3, 1024), ("kl_coef", 1, 1.0)]
 PLAIN += [("train_anyway", 1, True), ("train_anyway", False, False)]
 PLAIN += [("positive_label", 5, "5"), ("negative_label", 2.5, "2.5")]
 PLAIN += [("positive_label", True, "True"), ("missing_eos_score", -3, -3.0)]
+PLAIN += [("model_name", "~/mine", str(Path.home() / "mine"))]
 
 
 def test_the_presets_and_every_change():
@@ -71,7 +73,7 @@ def test_what_artefacts_depend_on_is_said_in_one_place():
     free = {"runs_dir", "device", "train_anyway"}
     free |= {"precision", "ppo_micro_batch_size"}
     assert found["sft"] == common | sft and found["reward_model"] == common | rm
-    assert found["policy"] == {"preset", *FIELDS} - sft - rm - free
+    assert found["policy"] == {"preset", *FIELDS} - free
 
 
 def test_the_first_cell_stands_above_the_shell(world, monkeypatch, capsys, tmp_path):
