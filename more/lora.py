@@ -5,7 +5,8 @@ A frozen layer W x gets a small trainable neighbour of rank r beside it:
     W x + s B A x        A (r, in), B (out, r), s = alpha / r
 
 B starts at 0, so a fresh adapter changes nothing at all. A model may hold several
-adapters by name, of which one or none is on. The files are those of PEFT.
+adapters by name, of which one or none is on. The files are those of PEFT. Who names an
+adapter that the model has not gets a ValueError.
 """
 
 import copy
@@ -172,10 +173,7 @@ def _layers_with(model, name) -> dict[str, AdaptedLayer]:
 
 
 def switch(model: nn.Module, name: str | None):
-    """Turn this adapter on and all others off; None: all off.
-
-    Raises ValueError if the model has no adapter of this name.
-    """
+    """Turn this adapter on and all others off; None: all off."""
     chosen = {} if name is None else _layers_with(model, name)
     for path, layer in _adapted(model).items():
         layer.on = name if path in chosen else None
@@ -183,10 +181,7 @@ def switch(model: nn.Module, name: str | None):
 
 @contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
-    """Within it this adapter is on, or none; afterwards what was on before.
-
-    Also after an exception. Raises ValueError if there is no adapter of this name.
-    """
+    """Within it this adapter is on, or none; after it, however it ends, what was."""
     before = {layer: layer.on for layer in _adapted(model).values()}
     switch(model, name)
     try:
@@ -228,7 +223,7 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
     """Put an adapter into the weights, W + s B A, and take it away; returns the model.
 
     Without any adapter left, the layers are plain ones again, and all weights can be
-    trained. Raises ValueError if there is no adapter of this name.
+    trained.
     """
     layers = _layers_with(model, name)
     for path, layer in layers.items():
@@ -244,10 +239,7 @@ def merge_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def save_adapter(model: nn.Module, name: str, folder):
-    """Write an adapter as PEFT does: `PeftModel.from_pretrained` reads the folder.
-
-    Raises ValueError if there is no adapter of this name.
-    """
+    """Write an adapter as PEFT does: `PeftModel.from_pretrained` reads the folder."""
     layers = _layers_with(model, name)
     one = next(iter(layers.values()))
     LoraConfig(

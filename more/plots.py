@@ -176,12 +176,15 @@ def plot_frontier(points: dict[str, list[dict]]):
     judges = list(next(iter(points.values()))[0]["shares"])
     n = len(judges)
     figure, axes = subplots(plot_frontier, 1, n, (4.2 * n, 3.8), sharey=True)
-    styles = iter([(BLUE, "o-"), (RED, "s-"), (GREEN, "^-"), (PURPLE, "v-")])
+    # Colour, marker, and where a label stands: of neighbours on different sides
+    styles = [(BLUE, "o-", (9, -11)), (RED, "s-", (0, 8)), (GREEN, "^-", (0, -16))]
+    styles = iter([*styles, (PURPLE, "v-", (13, -3))])
     for way, line in points.items():
         if way.startswith("best possible"):
-            colour, style = GREY, "d--"
+            colour, style, aside = GREY, "d--", (13, -3)
         else:
-            colour, style = ("black", "*") if len(line) == 1 else next(styles)
+            star = "black", "*", (13, -3)
+            colour, style, aside = star if len(line) == 1 else next(styles)
         table = pd.json_normalize(sorted(line, key=lambda point: point["kl"]))
         for axis, judge in zip(axes, judges, strict=True):
             x, y = table["kl"], table[f"shares.{judge}"]
@@ -192,7 +195,7 @@ def plot_frontier(points: dict[str, list[dict]]):
                 axis.errorbar(x, y, *half, fmt="none", **how)
             how = {"ha": "center", "fontsize": 8, "color": colour}
             for i in {0, len(x) - 1}:  # those between would lie on each other
-                place = {"xytext": (0, 8), "textcoords": "offset points"}
+                place = {"xytext": aside, "textcoords": "offset points"}
                 axis.annotate(table["label"][i], (x[i], y[i]), **place, **how)
     most = max(point["kl"] for line in points.values() for point in line)
     for axis, judge in zip(axes, judges, strict=True):

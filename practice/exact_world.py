@@ -55,6 +55,7 @@ class ExactWorld:
     """
 
     def __init__(self, seed: int = 0):
+        self.seed = seed
         sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": LENGTH + 1}
         ids = {"vocab_size": len(WORDS), "bos_token_id": EOS, "eos_token_id": EOS}
         with torch.random.fork_rng():

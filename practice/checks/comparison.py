@@ -105,9 +105,8 @@ def _quantities(calls, names, leaves, read, function) -> dict:
         found = read(function(*given))
         found = found if isinstance(found, tuple) else (found,)
         if leaves:
-            loss = found[0] + 0 * sum(
-                x.sum() for x in inputs
-            )  # has a gradient, if only 0
+            # So that it has a gradient, if only 0
+            loss = found[0] + 0 * sum(x.sum() for x in inputs)
             slopes = torch.stack(torch.autograd.grad(loss, inputs))
             found = (loss, slopes.squeeze(0), *found[1:])
         for name, x in zip(names, found, strict=False):

@@ -10,15 +10,9 @@ from practice.checks.comparison import check
 
 
 def logprobs_of(
-    logits,
-    labels,
-    tau=1.0,
-    hot=1,
-    roll=0,
-    total=torch.logsumexp,
-    of=torch.clone,
+    logits, labels, tau=1.0, hot=1, roll=0, total=torch.logsumexp, of=torch.clone,
     power=0,
-):
+):  # fmt: skip
     """z_label - log sum exp z, in float64; the rest is what a mistake changes."""
     z, labels = logits.double() / tau**hot, labels.roll(roll, 1)
     chosen = z.gather(-1, labels[..., None])[..., 0]
