@@ -67,12 +67,8 @@ def measured(way: str, number: int, timeout: int) -> dict:
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"it took longer than {timeout} seconds") from None
         if not (found := copy / "way.json").exists():
-            lines = [
-                f"it ended with status {done.returncode}",
-                *done.stderr.split("\n"),
-            ]
-            errors = [line for line in lines if re.match(r"[\w.]+Error\b|it ", line)]
-            raise RuntimeError(errors[-1])
+            lines = f"it ended with status {done.returncode}\n{done.stderr}"
+            raise RuntimeError(re.findall(r"^(?:[\w.]+Error\b|it ).*", lines, re.M)[-1])
         return json.loads(found.read_text())
 
 

@@ -12,7 +12,7 @@ from transformers import (
 
 from practice.cells import LOOP, import_cells
 from utils.data import pad
-from utils.models import load_causal_lm
+from utils.models import load_causal_lm, position_ids
 from utils.ppo import token_logprobs
 from utils.rollout import response_tokens, sample_responses
 from utils.runs import NOTEBOOKS
@@ -41,9 +41,8 @@ def ours(work, watch, score=None, **others):
 
 def states_and_logits(lm, ids, attention_mask):
     """Hidden states and logits of a whole language model at every place of a text."""
-    places = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    how = {"attention_mask": attention_mask, "position_ids": places}
-    output = lm(ids, **how, output_hidden_states=True)
+    how = {"attention_mask": attention_mask, "output_hidden_states": True}
+    output = lm(ids, position_ids=position_ids(attention_mask), **how)
     return output.hidden_states[-1], output.logits
 
 
@@ -75,7 +74,7 @@ def slow_parts(work) -> dict:
         states, _ = states_and_logits(reward_lm, ids, attention_mask)
         last = attention_mask.cumsum(dim=1).argmax(dim=1)  # the first one at its end
         raw = work.reward.head(states[torch.arange(len(last)), last])
-        return raw, work.normalised(raw)
+        return raw, raw
 
     parts = {"sample_responses": one_by_one, "response_logprobs": logprobs}
     return {**parts, "evaluate_responses": evaluate, "score": score}
@@ -90,15 +89,14 @@ def naive(work, watch):
     ours(work, watch, **slow_parts(work))
 
 
-def _classifier(work, mean=0.0, std=1.0):
-    """Our reward model as TRL wants one, with the normalisation in its head."""
+def _classifier(work):
+    """Our reward model as TRL wants one."""
     model = AutoModelForSequenceClassification.from_pretrained(
         work.model, num_labels=1, dtype=torch.float32
     )
     head = work.reward.head
-    model.score = torch.nn.Linear(head.in_features, 1).to(work.device)
-    model.score.weight.data = head.weight.data / std
-    model.score.bias.data = (head.bias.data - mean) / std
+    model.score = torch.nn.Linear(head.in_features, 1)
+    model.score.load_state_dict(head.state_dict())
     return model.to(work.device)
 
 
@@ -150,7 +148,7 @@ def trl(work, watch):
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
-        reward_model=_classifier(work, *work.scale),
+        reward_model=_classifier(work),
         value_model=_classifier(work),
         train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
         callbacks=[callback],

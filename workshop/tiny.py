@@ -129,7 +129,6 @@ SAMPLED = ((512, 64), (4_992, 256))
 MEASURED_ON = 0.45
 PAIRS = ("sample-pairs", "utility", "label", "both-texts", "split-by-prompt")
 PAIRS += ("train-on-pairs", "ppo-on")
-FIGURES = ("exactly_positive", "exactly_grammatical", "kl", "reward", "distinct_2")
 
 
 def learning_curve(settings, seed) -> dict:
@@ -153,8 +152,8 @@ def learning_curve(settings, seed) -> dict:
     for size in SIZES:
         model, _ = six.train_on_pairs(train[:size], seed)
         found["agreement"][str(size)] = agreement(model)[0]
-    figures = judged(three, six.ppo_on(freeze(model), three.own), three.own)
-    return {**found, "ppo": {name: figures[name] for name in FIGURES}}
+    run = six.ppo_on(freeze(model), three.own)
+    return {**found, "ppo": judged(three, run, three.own)}
 
 
 def exact_dpo(settings, seed, n, beta) -> dict:
@@ -200,7 +199,7 @@ def place(three, policy, episodes) -> dict:
     """Where a policy stands: its KL, and what each judge of lesson 7 calls positive."""
     figures, rows = three.evaluate(policy, three.held_out * REPEATS)
     found = lesson(three, "7", "frontier-point").point("", figures["kl"], rows)
-    return {**found, "episodes": episodes}
+    return {**found, "score": figures["score"], "episodes": episodes}
 
 
 def online(settings, seed, name, price, k, rate) -> dict:
@@ -291,12 +290,6 @@ def frontier(runs) -> dict:
 # PPO, DPO and best-of-n at the same KL, on models of any size
 
 
-def standing(three, policy) -> dict:
-    """What a policy reaches, and what it pays, on the held-out prompts."""
-    figures, _ = three.evaluate(policy, three.held_out * REPEATS)
-    return {name: figures[name] for name in ("kl", "score", "judged_positive")}
-
-
 def ppo_made(settings, seed) -> dict:
     """Where notebook 3's policy stands, and its rollouts on the way there."""
     three, folder = notebook(settings, seed), settings.folder / "policy"
@@ -304,7 +297,7 @@ def ppo_made(settings, seed) -> dict:
     history = json.loads((folder / "metrics.json").read_text())["history"]
     way = {name: [row[name] for row in history] for name in ("kl", "score")}
     episodes = len(history) * settings.ppo_rollout_size
-    return {"end": standing(three, policy), "way": way, "episodes": episodes}
+    return {"end": place(three, policy, episodes), "way": way, "episodes": episodes}
 
 
 def dpo_made(settings, seed) -> dict:
@@ -322,7 +315,7 @@ def dpo_made(settings, seed) -> dict:
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
     def watch(lm):
-        found.append(standing(three, PolicyWithValueHead(lm).eval()))
+        found.append(place(three, PolicyWithValueHead(lm).eval(), 2 * len(pairs)))
         return found[-1]["kl"]
 
     lm = load_causal_lm(three.sft_folder, three.device).eval()
@@ -340,14 +333,12 @@ def equal_kl(runs) -> dict:
 # More responses to a step: lesson 7
 BATCH = ("ppo_episodes", "ppo_rollout_size", "ppo_minibatch_size")
 BATCH += ("ppo_micro_batch_size",)
-OF_NOISE = ("episodes", "share", "score", "kl", "exactly_positive")
 
 
 def with_more(settings, seed, times) -> dict:
     """PPO in as many steps, each on so many times the responses."""
     own = replace(settings, **{name: times * getattr(settings, name) for name in BATCH})
-    found = estimator(own, seed, "PPO", 1, own.ppo_lr)
-    return {name: found[name] for name in OF_NOISE}
+    return estimator(own, seed, "PPO", 1, own.ppo_lr)
 
 
 def noise(runs):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from utils.data import pad
 from utils.models import PolicyWithValueHead
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
 from utils.runs import ROOT
@@ -52,7 +53,7 @@ def test_the_naive_parts_give_what_ours_give(settings):
     torch.nn.init.normal_(policy.value_head.weight)
     prompts = [given.prompts[i][:n] for i, n in enumerate((1, 2, 7))]
     slow = loops.slow_parts(given)
-    batch = work.pad(prompts, given.stop_id, side="left")
+    batch = pad(prompts, given.stop_id, side="left")
     how = given.stop_id, 5, 1.0, torch.Generator().manual_seed(0)
     for sample in (slow["sample_responses"], sample_responses):
         texts = sample(given.reference, *batch, *how)
