@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import re
 import statistics
 import sys
 import time
@@ -123,12 +122,6 @@ minibatches of {settings["ppo_minibatch_size"]}, float32. Medians of {found["see
 """
 
 
-def with_table(page: str, name: str, found: dict) -> str:
-    """The page with this table between `<!-- name -->` and the next `<!-- end -->`."""
-    place = f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-    return re.sub(place, lambda x: x[1] + table(found) + x[2], page, flags=re.S)
-
-
 def compare(runs, half: str) -> dict:
     """PPO in each of the loops that are installed, and the ceiling; they take turns."""
     if runs.processes > 1:
@@ -148,15 +141,13 @@ def compare(runs, half: str) -> dict:
 
 
 def speed(runs) -> dict:
-    """The loops, as a table in docs/speed.md."""
+    """The loops, and their table for docs/speed.md."""
     if find_spec("trl") is None:
         sys.exit("trl is missing; pip install -r workshop/speed-requirements.txt")
     if runs.settings.model_name == MODEL and not Path(MODEL).exists():
         tiny_world.build_world(ROOT / tiny_world.WORLD)
         build_model(ROOT / MODEL)
-    result, page = compare(runs, "bfloat16"), ROOT / "docs/speed.md"
-    name, text = f"docs/{runs.output.name}", page.read_text("utf8")
-    page.write_text(with_table(text, name, runs.head | result), "utf8")
+    print(table(runs.head | (result := compare(runs, "bfloat16"))))
     return result
 
 

@@ -72,8 +72,7 @@ def test_the_naive_parts_give_what_ours_give(settings):
 @pytest.mark.parametrize("name", ["speed", "speed-real"])
 def test_the_page_quotes_what_was_measured(name):
     found = json.loads((ROOT / f"docs/{name}.json").read_text("utf8"))
-    assert speed.with_table(PAGE, f"docs/{name}.json", found) == PAGE
-    assert re.search(rf"<!-- docs/{name}.json -->\n\w", PAGE)
+    assert speed.table(found) in PAGE
 
 
 def test_the_operations_of_an_episode_by_hand():
