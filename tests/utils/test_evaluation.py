@@ -10,7 +10,7 @@ import torch
 
 from practice.cells import import_cells
 from tests.small import EOS, small_lm, small_tokenizer
-from utils.evaluation import FIGURES, distinct_n, expected, figures_table, train_judge
+from utils.evaluation import FIGURES, distinct_n, expected, figures_table
 from utils.models import PolicyWithValueHead, RewardModel, freeze
 from utils.settings import FULL, TINY
 
@@ -59,7 +59,7 @@ def test_every_figure_from_the_texts_alone(capsys):
         known = {"raw": z, "reward": 2 / (1 + math.exp(-z)) - 1, "score": z / 2}
         known |= {"kl": alone(policy.lm, ids, n) - ref, "ended": float(ended)}
         assert {k: row[k] for k in known} == pytest.approx(known, abs=1e-6)
-        (judged,) = cells["judge"]([row["text"]])
+        (judged,) = cells["judge"]([f"{row['text']} EOS"])  # as a policy may spell it
         found.append(known | {"ref": ref, "n": n, "judged": judged})
     mean = {k: sum(row[k] for row in found) / len(found) for k in found[0]}
     known = {k: mean[k] for k in ("reward", "score", "kl")}
@@ -89,13 +89,9 @@ def test_several_responses_stand_in_their_prompts_rows():
     assert scores.tolist() == log_ratios.tolist() == [[5, 5], [3, 3], [4, 4]]
 
 
-def test_distinct_words_and_what_the_judge_learns():
+def test_distinct_words_by_hand():
     rows = [[1, 2, 1, 2], [1, 2], [3]]  # (1, 2) three times, (2, 1) once
     assert (distinct_n(rows, 1), distinct_n(rows, 2)) == (3 / 7, 2 / 4)
-    tokenizer = small_tokenizer(["a", "funny", "film", "dull", "the", "plot", "is"])
-    sentences = ["a funny film", "a dull film", "the plot is funny", "the plot is dull"]
-    judge = train_judge(sentences * 300, [1, 0, 1, 0] * 300, tokenizer, 0, epochs=5)
-    assert judge(["a funny plot", "a dull plot EOS"]) == [True, False]
 
 
 def measured(sft, policy, beta):

@@ -96,10 +96,9 @@ SMALL = [  # words, positions and response; what is said; nothing: it fits
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("words, positions, response, says", SMALL)
-def test_a_model_too_small_for_the_texts(
-    tmp_path, world, words, positions, response, says
-):
+@pytest.mark.parametrize("sizes", SMALL)
+def test_a_model_too_small_for_the_texts(tmp_path, world, sizes):
+    words, positions, response, says = sizes
     small_lm(words, n_positions=positions).save_pretrained(tmp_path / "lm")
     load_tokenizer(world / "model").save_pretrained(tmp_path / "lm")
     changes = {"model_name": str(tmp_path / "lm"), "runs_dir": str(tmp_path)}

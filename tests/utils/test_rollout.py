@@ -62,17 +62,6 @@ def test_what_is_sampled_is_the_policy():
             assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_a_finished_response_costs_nothing():
-    model, sizes = small_lm(), []
-    model.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
-        with_kwargs=True,
-    )
-    _, _, mask = sample(model, PROMPTS * 20)
-    # a response of n tokens takes the prompt and its first n - 1 tokens as input
-    assert sizes == [(60, 4), *((n, 1) for n in mask[:, 1:].sum(0).tolist())]
-
-
 def test_ends_tokens_and_scores_by_hand():
     ids = torch.tensor([[EOS, 5, 6, EOS], [4, 5, 6, 7], [4, 5, EOS, EOS]])
     mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
