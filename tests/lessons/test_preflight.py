@@ -21,11 +21,6 @@ from utils.plots import CURVES
 NOTEBOOK = "3-RLHF.ipynb"
 
 
-def reads(reward_model):
-    """A score as notebook 3's: what the reward model says, and its normalised."""
-    return lambda ids, attention, mask: (reward_model(ids, attention),) * 2
-
-
 @pytest.fixture
 def healthy(tmp_path):
     """All that stands in the notebook before the preflight; and what faults need."""
@@ -40,7 +35,8 @@ def healthy(tmp_path):
     small_tokenizer().save_pretrained(tmp_path)
     reward_model, folder = RewardModel(small_lm(seed=2).base_model), str(tmp_path)
     names = {"settings": SETTINGS, "device": torch.device("cpu"), "eos_id": EOS}
-    names |= {"reference": freeze(load_causal_lm(folder)), "score": reads(reward_model)}
+    names["score"] = lambda ids, attention, mask: (reward_model(ids, attention),) * 2
+    names |= {"reference": freeze(load_causal_lm(folder))}
     names |= {"reward_model": freeze(reward_model.float()), "measured": measured}
     names |= {"sft_folder": folder, "reward_folder": folder, "small_lm": small_lm}
     names |= {"tokenizer": small_tokenizer(), "small_tokenizer": small_tokenizer}
