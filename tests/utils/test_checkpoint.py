@@ -162,6 +162,7 @@ def test_what_changes_under_a_run_is_refused(settings):
 
 SPOILED = {
     "cut in the middle": lambda p: p.write_bytes(p.read_bytes()[:50_000]),
+    "another file of torch": lambda p: torch.save({"w": torch.ones(3)}, p),
     "one that would run code": lambda p: torch.save({"key": print}, p),
 }
 

@@ -140,7 +140,7 @@ def test_what_is_expected_is_that_of_the_preset(monkeypatch):
         assert expected(dataclasses.replace(TINY, kl_coef=0.2)) == expected(FULL) == {}
 
 
-OUTSIDE = [(2.9, 1.0, []), (0.9, 1.0, ["kl"])]
+OUTSIDE = [(2.9, 1.0, []), (3.1, 1.0, ["kl"]), (0.9, 1.0, ["kl"])]
 # one response of 256 without EOS is no news, two are
 OUTSIDE += [(2.0, 255 / 256, []), (2.0, 254 / 256, ["eos_rate"])]
 

@@ -91,6 +91,7 @@ BROKEN = [
     ("mask", [[1, 1, 1], [0, 0, 0]], r"\[0, 0, 0\]"),
     ("mask", [[1, 1, 1], [1, 0, 1]], r"\[1, 0, 1\]"),
     ("scores", [0.0, NAN], "one of the scores is nan; check the model"),
+    ("old_values", [[math.inf] * 3] * 2, "one of the old_values is inf"),
     ("old_values", [[0.0] * 4] * 2, r"old_values has shape \(2, 4\).*\(2, 3\)"),
     ("attention_mask", [[1] * 6] * 2, r"attention_mask.*\(2, 6\).*\(2, 5\)"),
 ]

@@ -48,6 +48,7 @@ WRONG = [
     ({"ppo_episodes": "512"}, "ppo_episodes must be a whole number.*'512'"),
     ({"ppo_episodes": 51.2}, "ppo_episodes must be a whole number.*51.2"),
     ({"ppo_episodes": 100}, r"ppo_episodes \(100\) .*multiple of ppo_rollout_size"),
+    ({"ppo_micro_batch_size": 48}, r"ppo_minibatch_size.*micro_batch_size \(48"),
     ({"kl_coef": 0, "kl_target": 6}, "kl_coef must be above 0.*kl_target"),
     ({"ppo_lr": 0}, "ppo_lr must be above 0.*0"),
     ({"missing_eos_score": float("nan")}, "missing_eos_score must be a finite.*nan"),
