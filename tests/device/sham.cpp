@@ -1,8 +1,8 @@
 // A device for tests: the CPU's kernels behind the manners of a GPU.
 //
 // Its memory is closed to the CPU and starts as NaN, tensors of two devices do not
-// meet, a generator belongs to its device, memory can be limited, float64 can be
-// missing, and a listener hears of all for which the CPU would have to wait for a GPU.
+// meet, a generator belongs to its device, float64 can be missing, and a listener
+// hears of all for which the CPU would have to wait for a GPU.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -31,7 +31,6 @@ const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 struct {
   std::atomic<int64_t> held{0};  // bytes of its memory in use
   int64_t most = 0;              // and at most, so far
-  int64_t limit = 0;             // beyond which there is no more; 0: none
   bool float64 = true;
   std::mutex mutex;
   std::unordered_map<size_t, std::vector<void*>> spare;  // pages, to be used again
@@ -45,10 +44,6 @@ struct Block {
   int readers = 0;
 
   explicit Block(size_t bytes) : size((bytes + 4095) / 4096 * 4096) {
-    const int64_t after = state.held + size;
-    TORCH_CHECK_WITH(OutOfMemoryError, !state.limit || after <= state.limit,
-        "sham out of memory. Tried to allocate ", bytes, " bytes, with ", state.held,
-        " of ", state.limit, " in use");
     std::lock_guard lock(state.mutex);
     auto& spare = state.spare[size];
     if (spare.empty()) {
@@ -61,8 +56,8 @@ struct Block {
     mprotect(pages, size, PROT_READ | PROT_WRITE);
     std::memset(pages, 0xFF, size);  // NaN in any float, -1 in any integer
     mprotect(pages, size, PROT_NONE);
-    state.held = after;
-    state.most = std::max(state.most, after);
+    state.held += size;
+    state.most = std::max<int64_t>(state.most, state.held);
   }
   ~Block() {
     std::lock_guard lock(state.mutex);
@@ -258,9 +253,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   c10::SetAllocator(SHAM.type(), &memory);
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   module.def("default_generator", [] { return own_numbers(); });
-  module.def("memory_allocated", [] { return state.held.load(); });
   module.def("max_memory_allocated", [] { return state.most; });
-  module.def("set_limit", [](int64_t bytes) { state.limit = bytes; });
   module.def("set_float64", [](bool there) { state.float64 = there; });
   module.def("set_listener", [](py::object heard) {
     Py_XDECREF(listener);

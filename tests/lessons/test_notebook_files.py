@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import statistics
 import subprocess
 
 import nbformat
@@ -49,9 +50,11 @@ def test_a_file_is_valid_small_and_of_nobody(name):
 def test_cells_are_short_introduced_and_of_a_tiny_run(name):
     """No more than three code cells in a row without a word between them."""
     notebook, cells = read(name), code_cells(name)
+    lengths = [cell.source.count("\n") + 1 for cell in cells.values()]
+    assert statistics.median(lengths) <= 10 and max(lengths) <= 40
     for cell in cells.values():  # a fork's name may be longer
         lines = cell.source.replace(OWN, "OWNER/REPO").split("\n")
-        assert len(lines) <= 40 and max(map(len, lines)) <= 88
+        assert max(map(len, lines)) <= 88
     kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
     assert "cccc" not in kinds and kinds[0] == "m" and kinds[-1] == "m"
     assert "preset: tiny" in "".join(map(printed, cells.values()))
@@ -212,6 +215,7 @@ def test_the_links_and_pictures_of_a_page_are_there(page):
 
 
 def test_the_readme_names_every_lesson_and_shows_the_real_run_s_first_prompts():
+    assert len(README.split()) <= 900
     assert all(f"({name.replace(' ', '%20')})" in README for name in LESSONS)
     (output,) = code_cells(REAL_RUN[2])["samples"].outputs
     table = "\n".join(output.data["text/markdown"].splitlines()[2:12])
