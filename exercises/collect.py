@@ -11,12 +11,14 @@ import re
 import sys
 import unicodedata
 from collections import defaultdict
+from copy import deepcopy
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
 
-COURSE = Path(__file__).parent
+COURSE, STAMP = Path(__file__).parent, "timestamp.txt"
 
 
 def graded(notebook) -> dict:
@@ -51,9 +53,10 @@ def recognise(notebook, exercises: dict) -> str:
 def restore(notebook, release):
     """The student's cells, with all that nbgrader needs taken from the release.
 
-    A copy of a cell that checks is dropped from grading; a missing one is put back.
-    Returns the notebook, and the ids of the cells that were put back. Raises ValueError
-    if an answer is there twice, since nobody can say which counts.
+    A copy of a cell that checks is dropped from grading; a missing one is put back. A
+    text in a cell of its own goes into the empty answer above it, or nobody would mark
+    it. Returns the notebook, and the ids of the cells that were put back. Raises
+    ValueError if an answer is there twice, since nobody can say which counts.
     """
     known = graded(release)
     names = [grade_id(cell, known) for cell in notebook.cells]
@@ -77,7 +80,18 @@ def restore(notebook, release):
     ids = [None, *(cell.id for cell in known.values())]
     for name in missing:  # behind the one that it follows in the release
         before = ids[ids.index(known[name].id) - 1]
-        cells.insert([None, *(cell.id for cell in cells)].index(before), known[name])
+        place = [None, *(cell.id for cell in cells)].index(before)
+        cells.insert(place, deepcopy(known[name]))
+    theirs = {cell.source for cell in release.cells} | {""}
+    for i, answer in enumerate(cells):
+        if answer.cell_type == "code" or answer.id not in answers:
+            continue
+        below = takewhile(lambda cell: cell.id not in known, cells[i + 1 :])
+        own = [x for x in below if x.cell_type != "code" and x.source not in theirs]
+        if own and answer.source == known[answer.id].source:
+            answer.source = own[0].source
+            answer.attachments = own[0].get("attachments", {})
+            cells.remove(own[0])
     restored = nbformat.v4.new_notebook(cells=cells, metadata=release.metadata)
     nbformat.validate(restored)
     return restored, missing
@@ -104,12 +118,20 @@ def student_of(inside: Path) -> str:
 
 
 def place(text: str, target: Path, when: float):
-    """Write a submission, and when it was: nbgrader grades anew what changed since."""
+    """Write a submission, and when it was: nbgrader grades anew what changed since.
+
+    Raises ValueError if what is there came later.
+    """
+    when, stamp = datetime.fromtimestamp(when).astimezone(), target.parent / STAMP
     if not target.exists() or target.read_text("utf8") != text:
+        if stamp.exists() and datetime.fromisoformat(stamp.read_text()) > when:
+            raise ValueError(f"it is older than what counts, of {stamp.read_text()}")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, "utf8")
-        stamp = datetime.fromtimestamp(when).astimezone().isoformat(" ")
-        (target.parent / "timestamp.txt").write_text(stamp)
+        stamp.write_text(when.isoformat(" "))
+        # Also where the answers are the same, and only the exercise was corrected
+        marked = target.parents[3] / "autograded" / Path(*target.parts[-3:-1]) / STAMP
+        marked.unlink(missing_ok=True)
 
 
 def find(folder: Path, course: Path = COURSE) -> tuple[dict, list[str]]:
@@ -159,9 +181,12 @@ def collect(folder: Path, course: Path = COURSE) -> tuple[list[str], list[str]]:
             not_placed.append(f"{said} counts, or rename a student, and collect again")
         else:
             target = course / "submitted" / student / name / f"{name}.ipynb"
-            place(text, target, (folder / inside).stat().st_mtime)
             note = f" (put back: {', '.join(missing)})" if missing else ""
-            placed.append(f"{inside}: {name} by {student}{note}")
+            try:
+                place(text, target, (folder / inside).stat().st_mtime)
+                placed.append(f"{inside}: {name} by {student}{note}")
+            except ValueError as error:
+                not_placed.append(f"{inside}: {name} by {student}: {error}")
     return placed, not_placed
 
 

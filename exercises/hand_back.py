@@ -41,7 +41,7 @@ def enter(marks: Path, gradebook: Path) -> list[str]:
 
     A student's row has the name in one cell, or in two neighbours, to the left of all
     exercises; an exercise's column has its name in the title. Returns a line for each
-    score that has not exactly one place.
+    score that has not exactly one place of its own.
     """
     with gradebook.open(encoding="utf-8-sig", newline="") as file:
         sign = max(",;\t", key=file.readline().count)
@@ -56,14 +56,17 @@ def enter(marks: Path, gradebook: Path) -> list[str]:
     first = min(sum(places.values(), []), default=0)
     people = [[*row[:first], *map("".join, pairwise(row[:first]))] for row in rows]
     people = [set(map(letters, names)) for names in people]
-    nowhere = []
+    nowhere, taken = [], set()
     for score in scores:
         student, columns = letters(score["student_id"]), places[score["assignment"]]
         there = [i for i, names in enumerate(people) if student in names]
-        if len(there) == len(columns) == 1:
+        place = (*there, *columns)
+        if len(there) == len(columns) == 1 and place not in taken:
             rows[there[0]][columns[0]] = score["score"]
+            taken.add(place)
         else:
             said = f"{len(there)} rows, {len(columns)} columns for it"
+            said = "another one stands there" if place in taken else said
             nowhere.append(f"{score['student_id']}, {score['assignment']}: {said}")
     output = gradebook.with_name(f"filled-{gradebook.name}")
     with output.open("w", encoding="utf8", newline="") as file:

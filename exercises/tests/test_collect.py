@@ -1,5 +1,6 @@
 """What comes back from a class, file by file."""
 
+import os
 import zipfile
 
 import nbformat
@@ -72,6 +73,37 @@ def test_missing_cells_are_put_back_and_named(collected):
     assert ids.index("gae") + 1 == ids.index("check-gae") < ids.index("hidden-gae")
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_text_in_a_cell_of_its_own_is_the_answer(collected, gone):
+    """Below the empty one, or in its place: nbgrader would give 0, and ask nobody."""
+    notebook = read(ONE)
+    place = notebook.cells.index(empty := cell_of(notebook, "free-lambda"))
+    own = nbformat.v4.new_markdown_cell("Lambda is a dial.", id="own")
+    notebook.cells.insert(place + 1, own)
+    if gone:
+        notebook.cells.remove(empty)
+    found, _ = collected(notebook)
+    assert cell_of(found, "free-lambda").source == "Lambda is a dial."
+    assert len(found.cells) == len(read(ONE).cells)
+
+
+def test_nothing_older_takes_the_place_of_what_counts(course):
+    """Later work does, and is marked anew even if its file has the same time."""
+    marked = course / f"autograded/ada/{ONE}/timestamp.txt"
+    work, said = course / "returned/ada/x.ipynb", []
+    for when, line in ((2000, "new"), (1000, "old"), (2000, "corrected")):
+        notebook = read(ONE)
+        cell_of(notebook, "gae").source += f"\n# {line}"
+        put(course, notebook, "returned/ada/x.ipynb")
+        put(course, "", marked.relative_to(course))
+        os.utime(work, (when, when))
+        said.append([*map(len, collect(course / "returned", course))])
+        found = cell_of(read(ONE, "submitted/ada", course), "gae").source
+        assert found.endswith("new" if line == "old" else line)
+        assert marked.exists() == (line == "old")
+    assert said == [[1, 0], [0, 1], [1, 0]]
+
+
 NOT_PLACED = {  # a file, what is in it, and what is said
     "empty/x.ipynb": ("", "NotJSONError"),
     "other/x.ipynb": (nbformat.v4.new_notebook(), "fewer than half of the cells"),
@@ -138,6 +170,7 @@ u17,2-reward-head,3.5
 u17,4-gae,
 twin,4-gae,7
 16,4-gae,8
+U17,2-reward-head,9
 """
 CANVAS = """Student,ID,SIS Login ID,Section,2-Reward-Head (81),4-GAE (82)
     Points Possible,,,,16,15
@@ -153,8 +186,16 @@ Grace;Hopper;U17@x.org;5;"2
 3"
 """
 GRADEBOOKS = [  # a platform's, what becomes of it, and whose marks have no place
-    (CANVAS, {'B",,': 'B",,0.0', "u17,A,,": "u17,A,3.5,"}, ["José", "twin", "16"]),
-    (MOODLE, {"\ufeff": "", "org;-": "org;11.0"}, ["lovel", "u17", "twin", "16"]),
+    (
+        CANVAS,
+        {'B",,': 'B",,0.0', "u17,A,,": "u17,A,3.5,"},
+        ["José", "twin", "16", "U17, 2-reward-head: another"],
+    ),
+    (
+        MOODLE,
+        {"\ufeff": "", "org;-": "org;11.0"},
+        ["lovel", "u17", "twin", "16", "U17"],
+    ),
 ]
 
 
