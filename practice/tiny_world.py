@@ -133,6 +133,7 @@ def judge(text: str, begins=False) -> Verdict:
     return Verdict(good + bad, good + bad > 0, good > bad)
 
 
+MADE_FROM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as imported
 # Where the tiny preset looks for it.
 WORLD = Path("runs/tiny/world")
 # What is built; a change here, in the grammars or in this file's code rebuilds it.
@@ -233,11 +234,11 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
     An interrupted build leaves nothing that looks finished. Of two processes at once,
     say a notebook and a command, the second waits for the first.
     """
-    folder, made_from = Path(folder), hashlib.sha256(Path(__file__).read_bytes())
+    folder = Path(folder)
 
     def is_built():
         file = folder / "definition.txt"
-        return file.exists() and file.read_text() == made_from.hexdigest()
+        return file.exists() and file.read_text() == MADE_FROM
 
     if is_built():
         return folder
@@ -256,7 +257,7 @@ def build_world(folder=WORLD, show_progress: bool = True) -> Path:
         tokenizer = train_tokenizer([write_document(rng) for _ in range(3000)])
         tokenizer.save_pretrained(unfinished / "model")
         pretrain(tokenizer, show_progress).save_pretrained(unfinished / "model")
-        (unfinished / "definition.txt").write_text(made_from.hexdigest())
+        (unfinished / "definition.txt").write_text(MADE_FROM)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return folder

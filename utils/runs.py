@@ -147,11 +147,14 @@ def show_source(*things) -> Markdown:
 
 
 def ingredients(settings, artefact: str) -> str:
-    """A hash of the files that an artefact is made of: one's own data, other models."""
-    files = [Path(settings.dataset_name)]
-    for name in STAGES[:2] if artefact == "policy" else ():
-        files += sorted((settings.folder / name).glob("*.safetensors"))
-    contents = [path.read_bytes() for path in files if path.is_file()]
+    """A hash of the files that an artefact is made of: one's own data, and models."""
+    places, files = [Path(settings.model_name), Path(settings.dataset_name)], []
+    if artefact == "policy":
+        places += [settings.folder / name for name in STAGES[:2]]
+    for place in places:  # beside what libraries write down of them, as JSON
+        found = sorted(place.rglob("*.*")) if place.is_dir() else [place]
+        files += [x for x in found if x == place or x.suffix != ".json"]
+    contents = [x.read_bytes() for x in files if x.is_file()]
     return fingerprint([hashlib.sha256(x).hexdigest() for x in contents])
 
 
@@ -303,8 +306,11 @@ class Checkpoint:
         made_of["model or prompts"] = " ".join(map(fingerprint, self.inputs))
         return settings.that_change("policy") | made_of
 
-    def check(self, settings):
-        """Raise RuntimeError if settings, models or code changed since the start."""
+    def check(self, settings, to_the_end: bool = False):
+        """Raise RuntimeError if settings, models or code changed since the start.
+
+        With `to_the_end` also if the run has been cut off.
+        """
         check_code_is_current()
         now = self._key(settings)
         if changed := [name for name in now if now[name] != self.key[name]]:
@@ -312,6 +318,9 @@ class Checkpoint:
                 f"this run of PPO began with other {' and '.join(changed)}; to begin "
                 "anew, run on from the preflight"
             )
+        if to_the_end and (done := len(self.run.history)) < self.total:
+            said = f"this run of PPO was cut off after {done} of {self.total} rollouts"
+            raise RuntimeError(f"{said}; run the cell of its loop again, and then this")
 
     def restore(self):
         """Bring the run to where it was saved, and say so; else say why it begins anew.

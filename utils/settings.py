@@ -52,7 +52,8 @@ class Settings:
     ppo_warmup: int = 4  # [rollouts] before it has risen: Adam's first steps are long
     value_head_lr: float = 1e-3  # of the value head, which starts from zeros
     kl_coef: float = 0.1  # beta [normalised score per nat of KL]
-    kl_target: float = 0.0  # what an adaptive beta steers the KL to [nats]; 0: none
+    # What an adaptive beta steers the KL to [nats]; 0: none. J counts the first beta
+    kl_target: float = 0.0
     gae_lambda: float = 0.95  # 0 trusts the value head, 1 the sampled return
     clip_range: float = 0.2  # of the probability ratio
     value_clip_range: float = 1.0  # of the value [normalised score]

@@ -51,7 +51,7 @@ class GuardedOptimizer:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings):
         check_code_is_current()
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.settings = model, optimizer, settings
         self.device = next(model.parameters()).device
         scaled = trunk_dtype(settings, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)

@@ -151,6 +151,7 @@ def test_another_runs_checkpoint_is_set_aside(settings, capsys, what, changes, o
 def test_what_changes_under_a_run_is_refused(settings):
     """Interrupted, something changed in a new cell, and the loop's cell run again."""
     run = Started(settings).go(until=3)
+    refused("cut off after 3 of 6", run.checkpoint.check, settings, to_the_end=True)
     cell(WHITEN, run.loop)
     refused("with other code; .*begin anew", run.go)
     run.settings = dataclasses.replace(settings, kl_coef=0.7)
