@@ -103,11 +103,11 @@ def plot_classifier(logits: torch.Tensor, labels: torch.Tensor):
     return figure
 
 
-def plot_ppo(history: list[dict], before: list[dict] = ()):
+def plot_ppo(history: list[dict], before: list[dict] = (), whole: int = 0):
     """The curves of a PPO run, one point per rollout, over what is healthy (green).
 
     `before` is the history of another run, for comparison, in grey. Updates that took
-    fewer steps than others are crossed.
+    fewer steps than others, or than a `whole` one, are crossed.
     """
     figure, axes = subplots(plot_ppo, 2, 3, (12.6, 6))
     steps = [step.get("optimizer_steps", 0) for step in history]
@@ -121,7 +121,7 @@ def plot_ppo(history: list[dict], before: list[dict] = ()):
                 axis.axhline(edge, color=GREEN, linewidth=0.8)
             low, high = min(low, healthy[0]), high if name == "kl" else max(high, 0.01)
         if name == "approx_kl":
-            early = [i for i, n in enumerate(steps) if n < max(steps)]
+            early = [i for i, n in enumerate(steps) if n < max([whole, *steps])]
             axis.plot(early, [history[i][name] for i in early], "x", color=RED)
         axis.set(title=title, xlabel="rollout", ylabel=unit, ylim=(low, high))
     return figure
