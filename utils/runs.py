@@ -41,6 +41,8 @@ LESSONS = sorted(ROOT.glob("[1-3]-*.ipynb")) + sorted(ROOT.glob("more/[4-9]-*.ip
 NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
 STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
 FILES = ("ppo", "models", "rollout", "training")  # that the loop of PPO reaches
+# Other bytes each time that the same content is saved
+DATED = ("state.json", "dataset_info.json", "metrics.json", "settings.json")
 TO_LOWER = dict.fromkeys(STAGES[:2], "batch_size or max_tokens")
 TO_LOWER["policy"] = "ppo_micro_batch_size, ppo_minibatch_size or ppo_rollout_size"
 
@@ -151,10 +153,9 @@ def ingredients(settings, artefact: str) -> str:
     places, files = [Path(settings.model_name), Path(settings.dataset_name)], []
     if artefact == "policy":
         places += [settings.folder / name for name in STAGES[:2]]
-    for place in places:  # beside what libraries write down of them, as JSON
-        found = sorted(place.rglob("*.*")) if place.is_dir() else [place]
-        files += [x for x in found if x == place or x.suffix != ".json"]
-    contents = [x.read_bytes() for x in files if x.is_file()]
+    for place in places:
+        files += sorted(place.rglob("*.*")) if place.is_dir() else [place]
+    contents = [x.read_bytes() for x in files if x.is_file() and x.name not in DATED]
     return fingerprint([hashlib.sha256(x).hexdigest() for x in contents])
 
 

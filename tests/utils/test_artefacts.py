@@ -96,14 +96,17 @@ def test_only_artefacts_of_the_same_settings_are_taken_up(saved, changes, says):
     assert all(map(os.path.exists, folders))  # another one's are not broken ones
 
 
-def test_an_artefact_of_other_data_or_models_is_not_taken_up(saved, tmp_path):
+@pytest.mark.parametrize("name", ["own.csv", "own"])
+def test_an_artefact_of_other_data_or_models_is_not_taken_up(saved, tmp_path, name):
     """With the very same settings: a file of one's own was edited, a model trained."""
-    own = tmp_path / "own.csv"
+    own = tmp_path / name / "train.json" if name == "own" else tmp_path / name
+    own.parent.mkdir(exist_ok=True)
     own.write_text("sentence,label\n")
-    settings = dataclasses.replace(saved, dataset_name=str(own))
+    settings = dataclasses.replace(saved, dataset_name=str(tmp_path / name))
     given = small_lm(), small_tokenizer(), METRICS
     for name in (*NAMES, "policy"):
         save_artefact(settings, name, *given)
+    own.with_name("state.json").write_text("saved again")  # and nothing has changed
     assert find_artefacts(settings, *NAMES, "policy")
     save_artefact(settings, "sft", small_lm(seed=1), *given[1:])
     assert find_artefacts(settings, *NAMES)
