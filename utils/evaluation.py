@@ -123,7 +123,7 @@ def measure_rollouts(
 def best_possible(
     scores: Tensor, log_ratios: Tensor, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """What the best policy of all reaches with each prompt, and its weights of responses.
+    """What the best policy of all reaches with each prompt, and the weights it gives.
 
     No policy has a higher J = E[R] - beta KL than pi* = pi_ref e^(R / beta) / Z, and
     its J* is beta log Z, with Z = E_ref[e^(R / beta)]. Half of the K responses to each
