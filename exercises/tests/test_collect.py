@@ -6,7 +6,7 @@ import zipfile
 import nbformat
 import pytest
 
-from exercises.collect import COURSE, collect
+from exercises.collect import COURSE, collect, restore
 from exercises.hand_back import archive, enter
 from exercises.tests.conftest import (
     ONE,
@@ -85,6 +85,8 @@ def test_a_text_in_a_cell_of_its_own_is_the_answer(collected, gone):
     found, _ = collected(notebook)
     assert cell_of(found, "free-lambda").source == "Lambda is a dial."
     assert len(found.cells) == len(read(ONE).cells)
+    restore(notebook, released := read(ONE))
+    assert released == read(ONE)  # the next student's cells are still empty
 
 
 def test_nothing_older_takes_the_place_of_what_counts(course):

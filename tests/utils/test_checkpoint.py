@@ -253,6 +253,7 @@ def test_an_edit_counts_if_the_function_reads_it(file):
 def test_a_file_of_utils_edited_under_a_kernel_is_named(settings, monkeypatch):
     run = Started(settings)
     ways = [lambda: prepare("sft", "tiny"), lambda: show_source(cell)]
+    ways.append(lambda: run.loop["fresh_run"](small_lm(), settings))
     for way in (*ways, lambda: run.checkpoint.check(settings)):
         for file in (ROOT / "utils").glob("*.py"):
             with monkeypatch.context() as patch:
