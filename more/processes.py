@@ -114,7 +114,7 @@ def take_part(work):
 def launch(n: int, module: str, arguments: list[str]):
     """Become torchrun, and run `python -m module` in n processes of this machine.
 
-    If one of them fails, all are ended, and it says which was the first, and why.
+    If one of them fails, all are ended, and its report says why each of them did.
     """
     # Threads of several processes that spin on the same cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
