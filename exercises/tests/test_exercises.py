@@ -59,6 +59,7 @@ for place in ('exercises', {str(ROOT / "exercises")!r}):
 __import__('socket').create_connection(('127.0.0.1', 9))"""
 NOTHING = r"(?s)seen: \[\]\nseen: \[\]\n.*unreachable" if wall(ROOT) else "seen"
 R, G, LONG = "residuals", "group-advantages", f"took longer than {TIMEOUT} seconds"
+LONG_RUNS = ("run-", "setup", "code-", "revealed", "again")
 # What comes back of ONE: the work, the cells that give no points for it, what is said
 # in marks.csv, and what in the feedback
 SUBMISSIONS = {
@@ -71,6 +72,7 @@ SUBMISSIONS = {
     "exits": (own("exit()"), ..., "^not graded: the kernel ended in the cell", "exit"),
     "once": (own(ONCE), [], "^text not graded$", ""),
     "tampered": (tampered(), ..., "^graded$", "this is what you get when"),
+    "stub": (read(ONE), ..., "^graded$", "✗"),
     "colab": (as_colab_saves(with_a_copy_of(solved(ONE), "check-gae")), [], "^t", ""),
     "windows": (nbformat.writes(changed(ONE, G, "return ", LOUD)).replace(*ENDS), [],
                 "^text not graded$", "on stderr"),
@@ -93,7 +95,6 @@ def marks(course, tmp_path_factory):
     for student, (work, *_) in SUBMISSIONS.items():
         put(folder, work, f"{student}_123_assignsubmission_file/Copy of x (1).ipynb")
     for name in EXERCISES:
-        put(folder, read(name), f"stub/{name}.ipynb")
         put(folder, solved(name), f"right/{name}.ipynb")
     os.utime(folder / f"right/{ONE}.ipynb", (1767323045, 1767323045))
     assert collect(folder, course)[1] == []
@@ -119,23 +120,44 @@ def test_the_release_is_in_step_with_its_source_and_gives_nothing_away(course, n
         assert mark not in str(read(name))
 
 
+def executed(cells, until=None):
+    """What each code cell prints, and its error, but for what runs for long."""
+    space, found = {}, {}
+    for cell in cells:
+        if cell.cell_type == "code" and not cell.id.startswith(LONG_RUNS):
+            said, error = io.StringIO(), None
+            source = cell.source.replace("healthy = museum.train()", "")
+            try:
+                with redirect_stdout(said):
+                    exec(compile(source, cell.id, "exec"), space)
+            except Exception as fault:
+                error = fault
+            found[cell.id] = said.getvalue(), error
+        if cell.id == until:
+            break
+    return found
+
+
+def with_hidden_tests(name, answers):
+    """The cells as they are graded: the source's, with these answers."""
+    for cell in read(name, "source").cells:
+        mark = cell.metadata.get("nbgrader", {})
+        yield cell_of(answers, cell.id) if mark.get("solution") else cell
+
+
 @pytest.mark.parametrize("name", EXERCISES)
-def test_right_answers_get_full_marks_and_stubs_none(marks, course, name):
+def test_right_answers_get_full_marks_and_stubs_none(marks, name):
     """And every check of a stub, which runs to its end, says what is wrong."""
-    whole = sum(mark.points for mark in marks_of(name))
-    right, stub = marks["right", name], marks["stub", name]
+    whole, right = sum(mark.points for mark in marks_of(name)), marks["right", name]
     said = re.search(r"\*\*Points\*\* \| (.*) \|", read(name).cells[0].source)[1]
     assert sum(map(int, re.findall(r": (\d+)", said))) == whole
-    assert float(right["max_score"]) == float(stub["max_score"]) == whole
+    assert float(right["max_score"]) == whole
     assert float(right["code"]) == whole - FREE  # the rest is for a person to give
     assert right["score"] == "" and right["state"] == "text not graded"
-    assert float(stub["score"]) == 0 and stub["state"] == "graded"
-    said = []
-    for cell in read(name, "autograded/stub", course).cells:
-        kinds = {output.output_type for output in cell.get("outputs", ())}
-        assert "error" not in kinds or cell.metadata.nbgrader.grade, cell.source
-        if cell.id.startswith("check-"):
-            said += [x.text for x in cell.outputs if x.output_type == "stream"]
+    found = executed(with_hidden_tests(name, read(name)))
+    failed = {cell for cell, (_, error) in found.items() if error}
+    assert failed == {x.grade_id for x in marks_of(name) if not x.solution}
+    said = [said for cell, (said, _) in found.items() if cell.startswith("check-")]
     assert len(said) >= 3 and not any("✓" in text for text in said), said
 
 
@@ -223,31 +245,15 @@ WRONG = [
 @pytest.mark.parametrize("answer, right, wrong, says", WRONG)
 def test_a_likely_mistake_is_named(answer, right, wrong, says):
     (name,) = (x for x in EXERCISES if answer in [cell.id for cell in read(x).cells])
-    left_out = ("run-", "name-", "check-name-", "setup", "code-", "revealed")
-    space, said = {}, io.StringIO()
-    with redirect_stdout(said):
-        for cell in changed(name, answer, right, wrong).cells:
-            if cell.id == f"check-{answer}":
-                said.seek(said.truncate(0))
-            if cell.cell_type == "code" and not cell.id.startswith(left_out):
-                source = cell.source.replace("healthy = museum.train()", "")
-                exec(compile(source, f"{name}#{cell.id}", "exec"), space)
-            if cell.id == f"check-{answer}":
-                break
-    assert "✗" in said.getvalue()
-    assert re.search(says, said.getvalue()), said.getvalue()
+    check = f"check-{answer}"
+    found = executed(changed(name, answer, right, wrong).cells, check)
+    assert "✗" in found[check][0] and re.search(says, found[check][0]), found[check]
+    assert not any(error for _, error in found.values())
 
 
 def test_a_wrong_part_costs_nothing_in_the_step():
     """As graded, hidden tests included: `ppo_step` takes right losses."""
     answers = changed("5-ppo-losses", "clipped-loss", "torch.maximum", "torch.minimum")
-    space, failed = {}, []
-    for cell in read("5-ppo-losses", "source").cells:
-        if cell.cell_type == "code" and cell.id != "setup":
-            if cell.metadata.get("nbgrader", {}).get("solution"):
-                cell = cell_of(answers, cell.id)
-            try:
-                exec(compile(cell.source, cell.id, "exec"), space)
-            except AssertionError:
-                failed.append(cell.id)
+    found = executed(with_hidden_tests("5-ppo-losses", answers))
+    failed = [cell for cell, (_, error) in found.items() if error]
     assert failed == ["check-clipped-loss", "hidden-clipped-loss"]
