@@ -45,19 +45,19 @@ def meet(start, what):
 )
 def test_all_end_with_the_one_that_failed(start, what, why):
     command, processes = meet(start, what)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
     _, said = command.communicate(timeout=60)
     reports = re.split(r"\n\[\d\]:", said)  # torchrun's, one of each process
     own = next(x for x in reports if re.search(r"rank +: 1 ", x))
     assert command.returncode == 1 and why in own
 
 
-@pytest.mark.parametrize("name", ["INT", "KILL"])
+@pytest.mark.parametrize("name", ["INT", "TERM", "KILL"])
 def test_who_ends_the_command_ends_all_processes(start, name):
     command, processes = meet(start, "waits")
     command.send_signal(getattr(signal, f"SIG{name}"))
     command.communicate(timeout=60)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_one_process_goes_on_from_what_two_have_saved(start, series):

@@ -119,7 +119,7 @@ def test_the_picture_moves_as_ppo_does():
     assert said in figure.axes[0].get_title(loc="left")
 
 
-SLOW = [pytest.param(beta, range(4), marks=pytest.mark.slow) for beta in BETAS]
+SLOW = [pytest.param(beta, range(10), marks=pytest.mark.slow) for beta in BETAS]
 
 
 @pytest.mark.parametrize("beta, seeds", [(0.5, [0]), *SLOW])

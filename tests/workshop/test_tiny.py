@@ -20,6 +20,18 @@ def test_a_point_of_three_seeds():
     assert point == {"label": "2", "kl": 1.0, "shares": shares}
 
 
+def test_of_rates_that_are_equal_to_a_point_the_smaller_is_raced():
+    shares = {5e-5: 0.884, 5e-4: 0.8899, 1e-3: 0.8901}  # by learning rate
+
+    def runs(part, ways, seeds=None):
+        if part != "search":
+            return {way: {"curves": [], "reached": []} for way in ways}
+        return {way: {"share": [shares.get(x[3], 0.7)]} for way, x in ways.items()}
+
+    chosen = tiny.race(runs)["chosen"]
+    assert [rate for _, rate in chosen.values()] == [5e-4] * 4
+
+
 @pytest.mark.slow
 def test_the_lessons_are_measured(series, monkeypatch):
     """For real, with few rollouts: what is learnt from is counted, and it learns."""
