@@ -54,6 +54,9 @@ KNOWN = {
         tiny.equal_kl, "docs/equal-kl.json", "367", 1, "full", ("eval_prompts=64",)
     ),
     "noise": Measurement(tiny.noise, "docs/noise.json", "35"),
+    "real_noise": Measurement(
+        tiny.noise, "docs/real-noise.json", "35", 1, "full", ("eval_prompts=38",)
+    ),
     "adapters": Measurement(tiny.adapters, "docs/adapters.json", "38"),
     "real_run": Measurement(
         series.real_run, "docs/real-run/results.json", "123", 3, "full"
