@@ -12,7 +12,6 @@ import nbformat
 from more.common import write_text
 from practice import tiny_world
 from utils.data import load_tokenizer
-from utils.evaluation import FIGURES
 from utils.runs import NOTEBOOKS, ROOT, STAGES
 
 
@@ -84,42 +83,8 @@ def expected(runs) -> dict:
     }
 
 
-PAGE = """# What a real model's run looks like
-
-The preset `full` on a real model of GPT-2's size and on SST-2. Seeds: {seeds}; of
-several, the mean, and the least and the most. The notebooks here are the first seed's.
-
-{table}
-
-The first update moved the policy by {first} nats per token (`approx_kl`).
-
-{cpu}, {cores} cores, PyTorch {torch}. A seed took {cost}, in seconds of one
-processor; peak memory {peak_gib:.1f} GiB. Written at commit {commit} by
-
-    {command}
-"""
 LOCAL_LINK = re.compile(r"\]\((?!https?:|#)")
 OUTPUTS = re.compile(r"^\*The outputs on this page .*\*$", re.M)
-
-
-def spread(values: list[float], spec: str, middle=statistics.fmean) -> str:
-    """The mean over the seeds, and the least and the most if they differ."""
-    low, high = format(min(values), spec), format(max(values), spec)
-    text = format(middle(values), spec)
-    return text if low == high else f"{text} ({low} to {high})"
-
-
-def page(found: dict) -> str:
-    """What was measured, as Markdown."""
-    lines, figures = ["| | before | after |", "|---|---:|---:|"], found["figures"]
-    for name, (description, spec) in FIGURES.items():
-        if each := figures.get(name):
-            old = spread(each["before"], spec) if "before" in each else ""
-            lines.append(f"| {description} | {old} | {spread(each['after'], spec)} |")
-    seconds = [f"{spread(x, ',.0f')} for {n}" for n, x in found["seconds"].items()]
-    said = {"table": "\n".join(lines), "cost": ", ".join(seconds).replace("_", " ")}
-    first = spread(found["first_approx_kl"], ".3f")
-    return PAGE.format(**found, **found["machine"], **said, first=first)
 
 
 def as_shown(notebook, command: str):
@@ -139,7 +104,7 @@ def as_shown(notebook, command: str):
 
 
 def real_run(runs) -> dict:
-    """The preset `full`: figures, seconds and memory, with a page and the notebooks.
+    """The preset `full`: figures, seconds and memory; and the executed notebooks.
 
     For `--set model_name=...`; with HF_HUB_OFFLINE or HF_ENDPOINT set, model and data
     come from there. The seeds are the preset's own and those after it.
@@ -154,7 +119,6 @@ def real_run(runs) -> dict:
     found["peak_gib"] = max(max(x) for x in found["peak_gib"].values())
     found |= {"figures": figures}
     folder = folder if folder != ROOT else runs.folder  # it has pages of these names
-    (folder / "README.md").write_text(page(runs.head | found), "utf8")
     for number in "123":
         name = NOTEBOOKS[number]
         executed = nbformat.read(runs.folder / str(first) / "full" / name, 4)

@@ -22,7 +22,6 @@ from practice.cells import import_cells
 from utils.runs import NOTEBOOKS, ROOT, STAGES
 from utils.training import get_device, trunk_dtype
 from workshop import loops
-from workshop.series import spread
 from workshop.work import Watch, Work, build_model
 
 PHASES = ("generate", "score", "log-probs", "update")
@@ -88,6 +87,12 @@ def place(machine: dict) -> str:
     return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
 
 
+def spread(values: list[float]) -> str:
+    """The median, and the least and the most if they differ."""
+    low, middle, high = (f"{f(values):,.1f}" for f in (min, statistics.median, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def table(found: dict) -> str:
     """What was measured, as Markdown."""
     machine, model, settings = found["machine"], found["model"], found["settings"]
@@ -104,7 +109,7 @@ def table(found: dict) -> str:
     for name, one in found["loops"].items():
         ratios = [x / own for x, own in zip(totals[name], ours, strict=True)]
         row = [name, *(f"{statistics.median(one[phase]):.1f}" for phase in PHASES)]
-        row.append(spread(totals[name], ",.1f", statistics.median))
+        row += [spread(totals[name])]
         row += [f"{statistics.median(x):.2f}" for x in (ratios, one["memory"])]
         rows.append([*row, f"{least / statistics.median(totals[name]):.0%}"])
     if TRL not in found["loops"]:
