@@ -4,7 +4,6 @@ import math
 from types import SimpleNamespace
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from practice.checks.comparison import check
 
@@ -106,6 +105,9 @@ def check_evaluate_responses(case):
     Log-probabilities and values (B, T) of responses to left-padded prompts, against
     each text alone. `policy` has an `lm` and a `value_head`.
     """
+    # This takes three seconds, and no other check needs it
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     between = case.integers(1, 5, (len(case.mask) - 2,)).tolist()
     left = torch.arange(4) >= 4 - torch.tensor([1, 4, *between])[:, None]
     attention_mask = torch.cat([left.long(), case.mask], dim=1)

@@ -4,10 +4,10 @@ Mistakes of the formulas are in `practice/checks` and tried in `test_checks.py`,
 of what PPO starts from in `test_preflight.py`.
 """
 
-import nbformat
 import pytest
 import torch
 
+from practice import cells
 from utils.runs import NOTEBOOKS, ROOT
 
 WHITEN = "advantages = masked_whiten(advantages, mask)"
@@ -54,19 +54,18 @@ MISTAKES = {
 
 
 def change_cell(monkeypatch, cell_id, old, new):
-    """Whoever reads the notebook from now on finds this cell changed."""
-    real, lesson = nbformat.read, ROOT / NOTEBOOKS["3"]
+    """Whoever takes cells from the notebook from now on finds this one changed."""
+    real = cells.sources
 
-    def read(path, *arguments, **options):
-        notebook = real(path, *arguments, **options)
-        if path == lesson:
-            (cell,) = (cell for cell in notebook.cells if cell.id == cell_id)
-            assert cell.source.count(old) == 1, old
-            cell.source = cell.source.replace(old, new)
-        return notebook
+    def sources(notebook):
+        found = real(notebook)
+        if notebook == NOTEBOOKS["3"]:
+            assert found[cell_id].count(old) == 1, old
+            found[cell_id] = found[cell_id].replace(old, new)
+        return found
 
-    read(lesson, as_version=4)  # there is such a place
-    monkeypatch.setattr(nbformat, "read", read)
+    sources(NOTEBOOKS["3"])  # there is such a place
+    monkeypatch.setattr(cells, "sources", sources)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
