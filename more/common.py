@@ -41,12 +41,6 @@ def interval_95(runs: Tensor) -> tuple[Tensor, Tensor]:
     return runs.mean(dim=0), float(t.ppf(0.975, n - 1)) * runs.std(dim=0) / n**0.5
 
 
-def cores() -> int:
-    """How many processor cores this process may use: a container may have fewer."""
-    get = getattr(os, "sched_getaffinity", None)  # Linux has it
-    return len(get(0)) if get else os.cpu_count()
-
-
 def write_text(path: Path, text: str | bytes):
     """Write a file as a whole, on the disk when this returns: a kill leaves the old."""
     beside = Path(path).with_name(f"{Path(path).name}.unfinished")

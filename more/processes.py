@@ -2,8 +2,8 @@
 
 The loop is notebook 3's. A process samples its share of the prompts and works out its
 share of each minibatch; rollout, gradient and whatever decides something are those of
-all. torchrun starts the processes and ends them together; accelerate carries what
-they say.
+all. torchrun starts the processes and ends them together (`launch.py`); accelerate
+carries what they say.
 
 The gradient of a mean over all tokens is the sum over the processes of (their tokens /
 all tokens) times the gradient of their own mean: weighed alike, a process with few
@@ -11,7 +11,6 @@ tokens would count too much. Li et al. 2020, "PyTorch Distributed" (arXiv 2006.1
 """
 
 import argparse
-import ctypes
 import os
 import sys
 from functools import partial
@@ -20,10 +19,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from accelerate.utils import pad_across_processes as pad
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from more.common import cores, notebook_3
+from more.common import notebook_3
+from more.launch import cores, launch, take_part
 from utils import runs
 from utils.__main__ import parse
 from utils.evaluation import expected, figures_table
@@ -102,25 +101,6 @@ def train_together(settings):
         print(figures_table({}, after, expected(settings)))
         print(f"saved to {runs.save_artefact(settings, *what)}")
     state.destroy_process_group()
-
-
-def take_part(work):
-    """Do the work as one of several processes; torchrun hears why, if it fails."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # the kernel kills it when torchrun is no more
-    return record(work)()
-
-
-def launch(n: int, module: str, arguments: list[str]):
-    """Become torchrun, and run `python -m module` in n processes of this machine.
-
-    If one of them fails, all are ended, and its report says why each of them did.
-    """
-    # Threads of several processes that spin on the same cores wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
-    words = f"-m torch.distributed.run --standalone --nproc-per-node {n}"
-    words += f" --local-ranks-filter 0 -m {module}"  # the first one alone prints
-    os.execv(sys.executable, [sys.executable, *words.split(), *arguments])
 
 
 def main(argv: list[str]):

@@ -27,7 +27,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from more.common import cores, write_text
+from more.common import write_text
+from more.launch import cores
 from utils.__main__ import parse
 from utils.runs import NOTEBOOKS, ROOT, find_artefacts, fingerprint
 from utils.settings import Settings

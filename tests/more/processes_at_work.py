@@ -11,7 +11,7 @@ from functools import partial
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from more.processes import launch, take_part
+from more.launch import launch, take_part
 
 
 def work(what: str):
