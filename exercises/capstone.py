@@ -16,8 +16,8 @@ import torch
 from more.common import interval_95, notebook_3
 from practice.cells import import_cells
 from utils.models import load_causal_lm
-from utils.runs import NOTEBOOKS, prepare
-from utils.settings import TINY, Settings
+from utils.runs import prepare
+from utils.settings import NOTEBOOKS, TINY, Settings
 
 BUDGET = TINY.ppo_episodes  # responses that the reward model may read in one run
 RUNS = 3  # of each student, with seeds that nobody else has

@@ -20,8 +20,8 @@ import nbformat
 from exercises.apart import COURSE, ENVIRON, ROOT, copy_library, wall
 from exercises.capstone import in_words
 from exercises.collect import grade_id, student_of
-from utils.runs import NOTEBOOKS, find_artefacts
-from utils.settings import TINY
+from utils.runs import find_artefacts
+from utils.settings import NOTEBOOKS, TINY
 
 HANDED_OUT = COURSE / "capstone.ipynb"
 HEAD = ["| what was changed | by | of what can be gained | CPU seconds | lines |"]

@@ -12,7 +12,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from practice.cells import LOOP, import_cells
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 # Of notebook 3: its models, prompts and scores, its loop; and its judges
 MODELS = ("load", "prompts", "prompts-of", "batch", "score", "score-function", *LOOP)

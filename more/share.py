@@ -16,7 +16,8 @@ from practice import tiny_world
 from utils.data import innermost, load_tokenizer
 from utils.evaluation import FIGURES
 from utils.models import load_causal_lm
-from utils.runs import STAGES, find_artefacts
+from utils.runs import find_artefacts
+from utils.settings import STAGES
 
 TAGS = ["rlhf", "ppo", "reinforcement-learning", "educational"]
 

@@ -6,7 +6,7 @@ import symtable
 import pytest
 
 from tests.conftest import ROOT, code_cells, python
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 ROOMS = ("utils", "practice", "more", "workshop", "exercises")
 

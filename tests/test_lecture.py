@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT, read
 from tests.lessons.test_notebook_files import strays
 from tests.lessons.test_slides import kind
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 SCRIPT = (ROOT / "docs/lecture.md").read_text("utf8")
 LECTURES = dict(zip("123", SCRIPT.split("\n## ")[1:], strict=True))

@@ -15,10 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
-from utils.data import innermost
-from utils.evaluation import expected, figures_table
-from utils.runs import NOTEBOOKS, ROOT, STAGES
-from utils.settings import PRESETS, load_settings
+from utils.settings import NOTEBOOKS, PRESETS, ROOT, STAGES, load_settings
 
 
 class Client(NotebookClient):
@@ -111,10 +108,10 @@ def main(argv=None):
             if getattr(error, "ename", "KeyboardInterrupt") != "KeyboardInterrupt":
                 sys.exit(f"\n{file.name} failed. The cell and its error:\n\n{error}")
             sys.exit(
-                f"\n{file.name} lost its kernel ({innermost(error)}): interrupted, or "
-                "out of memory (then lower the batch sizes); run the same command "
-                "again, with --only for what is left. PPO goes on from where it was "
-                "saved last."
+                f"\n{file.name} lost its kernel ({type(error).__name__}: {error}): "
+                "interrupted, or out of memory (then lower the batch sizes); run the "
+                "same command again, with --only for what is left. PPO goes on from "
+                "where it was saved last."
             )
         if save_outputs:
             sources = [cell.source for cell in nbformat.read(file, as_version=4).cells]
@@ -129,6 +126,9 @@ def main(argv=None):
             metrics = json.loads(metrics.read_text())
             before, after = before | metrics["before"], after | metrics["after"]
     if after:
+        # Here, since it takes seconds, and until now there was a bar to look at
+        from utils.evaluation import expected, figures_table
+
         print(f"\n{figures_table(before, after, expected(settings))}")
     print(f"\nExecuted notebooks: {settings.folder}")
 

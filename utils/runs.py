@@ -33,13 +33,9 @@ from torch import nn
 from practice import tiny_world
 from utils import check_code_is_current
 from utils.data import innermost, load_tokenizer, loading, tokens_in_front
-from utils.settings import Settings, load_settings
+from utils.settings import ROOT, STAGES, Settings, load_settings
 from utils.training import get_device, trunk_dtype
 
-ROOT = Path(__file__).parents[1]
-LESSONS = sorted(ROOT.glob("[1-3]-*.ipynb")) + sorted(ROOT.glob("more/[4-9]-*.ipynb"))
-NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
-STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
 FILES = ("ppo", "models", "rollout", "training")  # that the loop of PPO reaches
 # Other bytes each time that the same content is saved
 DATED = ("state.json", "dataset_info.json", "metrics.json", "settings.json")

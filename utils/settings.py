@@ -1,4 +1,4 @@
-"""Every number of the series in one place."""
+"""Every number of the series in one place, and what its notebooks are called."""
 
 import dataclasses
 import difflib
@@ -6,6 +6,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LESSONS = sorted(ROOT.glob("[1-3]-*.ipynb")) + sorted(ROOT.glob("more/[4-9]-*.ipynb"))
+NOTEBOOKS = {file.name[0]: file.relative_to(ROOT).as_posix() for file in LESSONS}
+STAGES = ("sft", "reward_model", "policy")  # what notebooks 1, 2 and 3 make
 
 
 @dataclass(frozen=True)

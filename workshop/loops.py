@@ -15,7 +15,7 @@ from utils.data import pad
 from utils.models import load_causal_lm, position_ids
 from utils.ppo import token_logprobs
 from utils.rollout import response_tokens, sample_responses
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 
 def clock(loop, watch):

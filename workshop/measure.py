@@ -30,8 +30,8 @@ from tqdm import tqdm
 from more.common import write_text
 from more.launch import cores
 from utils.__main__ import parse
-from utils.runs import NOTEBOOKS, ROOT, find_artefacts, fingerprint
-from utils.settings import Settings
+from utils.runs import find_artefacts, fingerprint
+from utils.settings import NOTEBOOKS, ROOT, Settings
 from workshop import series, speed, tiny
 
 

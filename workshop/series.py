@@ -12,7 +12,7 @@ import nbformat
 from more.common import write_text
 from practice import tiny_world
 from utils.data import load_tokenizer
-from utils.runs import NOTEBOOKS, ROOT, STAGES
+from utils.settings import NOTEBOOKS, ROOT, STAGES
 
 
 def whole_run(settings, seed, folder: str) -> dict:

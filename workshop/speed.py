@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from more.common import peak_memory
 from practice import tiny_world
 from practice.cells import import_cells
-from utils.runs import NOTEBOOKS, ROOT, STAGES
+from utils.settings import NOTEBOOKS, ROOT, STAGES
 from utils.training import get_device, trunk_dtype
 from workshop import loops
 from workshop.work import Watch, Work, build_model

@@ -20,7 +20,8 @@ from practice import exact_world
 from practice.cells import LOOP, import_cells
 from utils.evaluation import best_possible
 from utils.models import PolicyWithValueHead, freeze, load_causal_lm
-from utils.runs import NOTEBOOKS, ROOT, prepare
+from utils.runs import prepare
+from utils.settings import NOTEBOOKS, ROOT
 
 
 def notebook(settings, seed) -> SimpleNamespace:

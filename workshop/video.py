@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 
-from utils.runs import NOTEBOOKS, ROOT
+from utils.settings import NOTEBOOKS, ROOT
 
 LINK = re.compile(r" \[▶ [\d:]+\]\([^)]*\)$")
 COLAB = re.compile(r"https://colab[^)]*\.ipynb(?=\))")

@@ -13,7 +13,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.conftest import ROOT, code_cells, needs_posix, ours, read, run_series
-from utils.runs import NOTEBOOKS, STAGES
+from utils.settings import NOTEBOOKS, STAGES
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

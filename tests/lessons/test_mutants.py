@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from practice import cells
-from utils.runs import NOTEBOOKS, ROOT
+from utils.settings import NOTEBOOKS, ROOT
 
 WHITEN = "advantages = masked_whiten(advantages, mask)"
 AGAIN = "batch.old_logprobs, masked_whiten(batch.advantages, batch.mask)"

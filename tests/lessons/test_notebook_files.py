@@ -14,7 +14,7 @@ from practice.cells import import_cells
 from tests.conftest import ROOT, code_cells, python, read
 from utils import runs
 from utils.evaluation import FIGURES
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 LESSONS = [*NOTEBOOKS.values()]
 REAL_RUN = [f"docs/real-run/{NOTEBOOKS[number]}" for number in "123"]

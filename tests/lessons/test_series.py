@@ -13,8 +13,7 @@ from practice import tiny_world
 from practice.cells import import_cells
 from tests.conftest import ROOT, code_cells, ours, read
 from utils.data import load_reviews, load_tokenizer, tokenize
-from utils.runs import NOTEBOOKS, STAGES
-from utils.settings import load_settings
+from utils.settings import NOTEBOOKS, STAGES, load_settings
 
 pytestmark = pytest.mark.slow  # it is the README's first command
 

@@ -6,7 +6,7 @@ import pytest
 from traitlets.config.loader import PyFileConfigLoader
 
 from tests.conftest import ROOT, read
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 STOP = "*Before you run it:"
 NO_WORD = r"<style>.*?</style>|\$\$.*?\$\$|\]\([^)]*\)"

@@ -12,8 +12,7 @@ from practice.cells import import_cells
 from practice.exact_world import ExactWorld
 from utils.data import load_tokenizer
 from utils.models import freeze, load_causal_lm
-from utils.runs import NOTEBOOKS
-from utils.settings import TINY
+from utils.settings import NOTEBOOKS, TINY
 
 LESSON = NOTEBOOKS["6"]
 TEXTS = ("the plot", " is dull .", " is never dull , but the cast is lazy .")

@@ -15,8 +15,7 @@ from more.estimators import (
 from practice.cells import import_cells
 from tests.conftest import refused
 from tests.small import t
-from utils.runs import NOTEBOOKS
-from utils.settings import load_settings
+from utils.settings import NOTEBOOKS, load_settings
 
 EXACT = {"atol": 1e-11, "rtol": 0}
 SCORES = t(1.0, 2.0, 6.0, 0.0, 0.0, 3.0)  # of two prompts, three responses each

@@ -10,7 +10,7 @@ from more.preferences import read_pairs
 from more.widgets import labelling_box
 from practice.cells import import_cells
 from tests.conftest import refused
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 PAIRS = [(f"film {i} is", f" good {i} .", f" bad {i} .") for i in range(45)]
 

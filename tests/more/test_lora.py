@@ -16,7 +16,7 @@ from practice.cells import import_cells
 from tests.conftest import refused
 from tests.small import EOS, SETTINGS, collect, small_lm
 from utils.models import PolicyWithValueHead, RewardModel, freeze
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 SHARED = {"bos_token_id": 0, "eos_token_id": EOS, "vocab_size": 23}
 IDS = torch.arange(12).view(2, 6)

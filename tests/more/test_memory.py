@@ -11,7 +11,7 @@ from practice.cells import import_cells
 from tests.more.test_lora import SHARED, free, gpt2, llama
 from tests.small import SETTINGS, collect, guarded
 from utils.models import PolicyWithValueHead, freeze
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 EIGHT = {"bytes_of": lora.bytes_of}
 EIGHT = import_cells(NOTEBOOKS["8"], "memory", "layout-memory", names=EIGHT)

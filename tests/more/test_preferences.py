@@ -21,7 +21,7 @@ from practice.cells import import_cells
 from tests.conftest import refused
 from tests.small import t
 from utils.data import load_tokenizer
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 PAIR = {"prompt": "the film is", "chosen": " fine .", "rejected": " dull ."}
 TURNED = {**PAIR, "chosen": " dull .", "rejected": " fine ."}

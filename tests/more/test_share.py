@@ -17,8 +17,8 @@ from tests.conftest import refused
 from utils.data import load_tokenizer
 from utils.evaluation import FIGURES
 from utils.models import RewardModel, load_causal_lm
-from utils.runs import STAGES, save_artefact
-from utils.settings import FULL, TINY
+from utils.runs import save_artefact
+from utils.settings import FULL, STAGES, TINY
 
 # Numbers that nobody would write by hand, for every figure
 NUMBERS = 3 * torch.rand(2, len(FIGURES), generator=torch.Generator().manual_seed(1))

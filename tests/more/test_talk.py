@@ -22,8 +22,7 @@ from tests.conftest import refused
 from utils.data import load_tokenizer
 from utils.models import RewardModel, freeze, load_causal_lm
 from utils.rollout import draw
-from utils.runs import NOTEBOOKS, ROOT
-from utils.settings import TINY
+from utils.settings import NOTEBOOKS, ROOT, TINY
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from practice import exact_world
 from practice.cells import import_cells
 from utils.ppo import compute_gae, token_logprobs, token_rewards
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 BETAS = (0.25, 0.5, 1.0)
 CELLS = ("loop", "train-exactly", "whole-response", "grpo-policy-loss", "ways")

@@ -6,7 +6,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.conftest import ROOT, needs_posix, python
 from utils import __main__ as command
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 
 BAD = {
     "--only 1,5x": "--only takes all, or some of 1,2,3,4,5,6,7,8,9, not {'5x'}",

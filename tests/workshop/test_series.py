@@ -9,8 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from practice import tiny_world
 from utils.__main__ import parse
 from utils.models import load_causal_lm
-from utils.runs import STAGES
-from utils.settings import TINY, load_settings
+from utils.settings import STAGES, TINY, load_settings
 from workshop import series
 
 

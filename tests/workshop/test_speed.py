@@ -12,8 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from utils.data import pad
 from utils.models import PolicyWithValueHead
 from utils.rollout import evaluate_responses, response_logprobs, sample_responses
-from utils.runs import ROOT
-from utils.settings import FULL
+from utils.settings import FULL, ROOT
 from workshop import loops, measure, speed, work
 
 PAGE = (ROOT / "docs/speed.md").read_text("utf8")

@@ -5,7 +5,7 @@ import re
 import shutil
 
 from tests.conftest import ROOT, read, refused
-from utils.runs import NOTEBOOKS
+from utils.settings import NOTEBOOKS
 from workshop import video
 
 FIRST, THIRD = NOTEBOOKS["1"], NOTEBOOKS["3"]
