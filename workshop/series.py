@@ -118,7 +118,7 @@ def real_run(runs) -> dict:
             figures.setdefault(name, {})[when] = values
     found["peak_gib"] = max(max(x) for x in found["peak_gib"].values())
     found |= {"figures": figures}
-    folder = folder if folder != ROOT else runs.folder  # it has pages of these names
+    folder = folder if folder != ROOT else runs.folder  # it has the lessons
     for number in "123":
         name = NOTEBOOKS[number]
         executed = nbformat.read(runs.folder / str(first) / "full" / name, 4)
